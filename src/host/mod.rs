@@ -1,0 +1,11 @@
+//! The cellar: everything that touches this machine's kernel. Every function here blocks.
+//!
+//! Nothing here knows CSI, volumes' ids or gRPC. All `unsafe` code of the local side is in this folder, and programs
+//! are started by `command` only.
+
+pub mod command;
+pub mod files;
+pub mod filesystem;
+pub mod loops;
+pub mod mounts;
+pub mod paths;

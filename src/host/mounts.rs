@@ -1,0 +1,218 @@
+//! What is mounted where, and binding it elsewhere.
+//!
+//! The publish path asks about single paths (statx, statvfs) and never reads the mount table, which is as long as the
+//! machine has mounts. Only `binds_of` reads it.
+
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
+
+use procfs::process::MountInfo;
+use rustix::fs::{AtFlags, StatVfsMountFlags, Statx, StatxAttributes, StatxFlags};
+use rustix::io::Errno;
+use rustix::mount::{MoveMountFlags, OpenTreeFlags, UnmountFlags};
+
+use super::paths;
+use crate::error::{Context, Error, ErrorKind, Result};
+
+/// What is at a path, held open so that it stays what it was.
+pub struct Place {
+    fd: OwnedFd,
+    stat: Statx,
+}
+
+impl Place {
+    /// Looks at a path. `None`: there is nothing.
+    ///
+    /// # Errors
+    /// `Invalid` when a part of it is a symbolic link.
+    pub fn at(path: &Path) -> Result<Option<Self>> {
+        paths::open(path)?.map(|fd| Self::of(fd, path)).transpose()
+    }
+
+    fn of(fd: OwnedFd, path: &Path) -> Result<Self> {
+        let stat = rustix::fs::statx(&fd, "", AtFlags::EMPTY_PATH, StatxFlags::BASIC_STATS | StatxFlags::MNT_ID)
+            .context(|| format!("cannot look at {}", path.display()))?;
+        Ok(Self { fd, stat })
+    }
+
+    /// Is it the root of a mount? (Linux 5.8.)
+    pub fn is_mount(&self) -> bool {
+        self.stat.stx_attributes.contains(StatxAttributes::MOUNT_ROOT)
+    }
+
+    /// The number of the device below this file system.
+    pub fn device(&self) -> u64 {
+        rustix::fs::makedev(self.stat.stx_dev_major, self.stat.stx_dev_minor)
+    }
+
+    /// The number of the device that this device file stands for.
+    pub fn device_file(&self) -> Option<u64> {
+        rustix::fs::FileType::from_raw_mode(u32::from(self.stat.stx_mode))
+            .is_block_device()
+            .then(|| rustix::fs::makedev(self.stat.stx_rdev_major, self.stat.stx_rdev_minor))
+    }
+
+    /// Do both show the same file or directory of the same file system?
+    pub fn is_same(&self, other: &Self) -> bool {
+        self.device() == other.device() && self.stat.stx_ino == other.stat.stx_ino
+    }
+
+    /// Can nothing be written through this mount?
+    pub fn is_read_only(&self) -> Result<bool> {
+        let stat = rustix::fs::fstatvfs(&self.fd).context(|| "cannot ask a mount for its options".to_owned())?;
+        Ok(stat.f_flag.contains(StatVfsMountFlags::RDONLY))
+    }
+
+    fn is_empty(&self) -> Result<bool> {
+        if !rustix::fs::FileType::from_raw_mode(u32::from(self.stat.stx_mode)).is_dir() {
+            return Ok(self.stat.stx_size == 0);
+        }
+        let mut entries = std::fs::read_dir(paths::of_fd(&self.fd)).context(|| "cannot read a directory".to_owned())?;
+        Ok(entries.next().is_none())
+    }
+}
+
+/// Is something mounted at this path?
+pub fn is_mount(path: &Path) -> Result<bool> {
+    Ok(Place::at(path)?.is_some_and(|place| place.is_mount()))
+}
+
+/// Opens an empty place to mount on, made if missing; with whether it was.
+///
+/// # Errors
+/// `Precondition` when something is mounted there or it is not empty.
+pub fn ensure_vacant(path: &Path, kind: paths::Kind) -> Result<(OwnedFd, bool)> {
+    let (fd, made) = paths::ensure(path, kind)?;
+    let place = Place::of(fd, path)?;
+    if place.is_mount() {
+        fail!(Precondition, "something else is mounted at {}: unmount it first", path.display());
+    }
+    if !place.is_empty()? {
+        fail!(Precondition, "{} is not empty: mounting there would hide what it holds", path.display());
+    }
+    Ok((place.fd, made))
+}
+
+/// Shows `source` (a staged volume's root, or its device) at `target`, made if missing. Already so is success.
+///
+/// The read-only flag is set before the mount becomes visible, so there is neither a moment in which it can be
+/// written nor a half-made mount to take back.
+///
+/// # Errors
+/// `Conflict` when it is there with the other read-only flag; `Precondition` as for [`ensure_vacant`].
+pub fn ensure_bind(source: &Path, target: &Path, read_only: bool) -> Result<()> {
+    let what = || format!("cannot bind {} to {}", source.display(), target.display());
+    let Some(from) = Place::at(source)? else {
+        fail!(Precondition, "nothing is staged at {}", source.display());
+    };
+    if let Some(there) = Place::at(target)?
+        && there.is_mount()
+        && there.is_same(&from)
+    {
+        // A device can be written through a read-only mount, so its flag says nothing.
+        if from.device_file().is_none() && there.is_read_only()? != (read_only || from.is_read_only()?) {
+            let how = if read_only { "writable" } else { "read-only" };
+            fail!(Conflict, "the volume is already at {}, but {how}", target.display());
+        }
+        return Ok(());
+    }
+    let kind = if from.device_file().is_some() { paths::Kind::File } else { paths::Kind::Directory };
+    let (to, made) = ensure_vacant(target, kind)?;
+    let bind = || {
+        let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC | OpenTreeFlags::AT_EMPTY_PATH;
+        let tree = rustix::mount::open_tree(&from.fd, "", flags)?;
+        if read_only {
+            set_read_only(&tree)?;
+        }
+        let flags = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH | MoveMountFlags::MOVE_MOUNT_T_EMPTY_PATH;
+        rustix::mount::move_mount(&tree, "", &to, "", flags)
+    };
+    bind().map_err(|errno: Errno| {
+        if made {
+            let _ = paths::remove_empty(target);
+        }
+        Error::io(what(), errno)
+    })
+}
+
+/// Takes away everything that is mounted at `path`, however high it is stacked. Nothing there is success.
+///
+/// # Errors
+/// `Busy` while a process has something of it open.
+pub fn ensure_unmounted(path: &Path) -> Result<()> {
+    let Some((parent, name)) = paths::open_parent(path)? else { return Ok(()) };
+    let target = paths::of_fd(&parent).join(name);
+    loop {
+        match rustix::mount::unmount(&target, UnmountFlags::NOFOLLOW) {
+            Ok(()) => {}
+            Err(Errno::INVAL | Errno::NOENT) => return Ok(()),
+            Err(Errno::BUSY) => {
+                return Err(Error::caused(
+                    ErrorKind::Busy,
+                    format!("cannot unmount {}: a process still uses it", path.display()),
+                    std::io::Error::from(Errno::BUSY),
+                ));
+            }
+            Err(error) => return Err(Error::io(format!("cannot unmount {}", path.display()), error)),
+        }
+    }
+}
+
+/// Takes away what is mounted at `path`, and the empty directory or file that it was mounted on.
+pub fn ensure_gone(path: &Path) -> Result<()> {
+    ensure_unmounted(path)?;
+    paths::remove_empty(path)
+}
+
+/// Every other place that shows the same thing as the mount at `path`. Reads the whole mount table.
+pub fn binds_of(path: &Path) -> Result<Vec<PathBuf>> {
+    let Some(place) = Place::at(path)? else { return Ok(Vec::new()) };
+    let table = table()?;
+    let Some(this) = table.iter().find(|mount| u64::try_from(mount.mnt_id) == Ok(place.stat.stx_mnt_id)) else {
+        return Ok(Vec::new());
+    };
+    let same =
+        |mount: &&MountInfo| mount.mnt_id != this.mnt_id && mount.majmin == this.majmin && mount.root == this.root;
+    Ok(table.iter().filter(same).map(|mount| mount.mount_point.clone()).collect())
+}
+
+/// Where a block device's file system is mounted, or the device itself is shown. Reads the whole mount table.
+pub fn users_of_device(device: &Path) -> Result<Vec<PathBuf>> {
+    let Some(place) = Place::at(device)? else { return Ok(Vec::new()) };
+    let number = place.device_file().unwrap_or_default();
+    let filesystem = format!("{}:{}", rustix::fs::major(number), rustix::fs::minor(number));
+    // A bound device file is a mount of devtmpfs whose root is the file.
+    let devices = format!("{}:{}", rustix::fs::major(place.device()), rustix::fs::minor(place.device()));
+    let file = device.file_name().map(|name| format!("/{}", name.to_string_lossy())).unwrap_or_default();
+    let uses = |mount: &MountInfo| mount.majmin == filesystem || (mount.majmin == devices && mount.root == file);
+    Ok(table()?.into_iter().filter(uses).map(|mount| mount.mount_point).collect())
+}
+
+fn table() -> Result<Vec<MountInfo>> {
+    procfs::process::Process::myself()
+        .and_then(|me| me.mountinfo())
+        .map(|table| table.0)
+        .map_err(|error| Error::caused(ErrorKind::Internal, "cannot read the mount table", error))
+}
+
+/// mount_setattr(2), Linux 5.12.
+fn set_read_only(tree: &OwnedFd) -> rustix::io::Result<()> {
+    use std::os::fd::AsRawFd;
+    let attributes = libc::mount_attr { attr_set: libc::MOUNT_ATTR_RDONLY, attr_clr: 0, propagation: 0, userns_fd: 0 };
+    #[expect(unsafe_code, reason = "no crate wraps mount_setattr")]
+    // SAFETY: the path is a NUL-terminated literal, and the structure and its size are those that the call expects.
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_mount_setattr,
+            tree.as_raw_fd(),
+            c"".as_ptr(),
+            libc::AT_EMPTY_PATH,
+            std::ptr::from_ref(&attributes),
+            size_of_val(&attributes),
+        )
+    };
+    if result == 0 {
+        return Ok(());
+    }
+    Err(Errno::from_raw_os_error(std::io::Error::last_os_error().raw_os_error().unwrap_or(libc::EIO)))
+}

@@ -1,0 +1,72 @@
+//! Parse the arguments, wire the parts, run. The only place that builds concrete back ends.
+
+use std::collections::BTreeMap;
+use std::process::ExitCode;
+use std::sync::Arc;
+
+use berth::backend::Backend;
+use berth::backend::nvme::Nvme;
+use berth::cli::{self, Arguments, Command, ConfigCommand};
+use berth::config::{BackendKind, Config, Driver};
+use berth::rpc::Front;
+use berth::telemetry::{self, Metrics};
+use clap::Parser;
+
+/// Few: calls do their work on threads of their own, and every stack is memory on every node.
+const RUNTIME_THREADS: usize = 2;
+
+fn main() -> ExitCode {
+    // Everything that is made from here on is private unless it says otherwise.
+    rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o077));
+    match run(Arguments::parse()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("berth: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(arguments: Arguments) -> anyhow::Result<()> {
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(RUNTIME_THREADS).enable_all().build()?;
+    match arguments.command {
+        Command::Serve { config } => {
+            let config = Config::load(&config)?;
+            telemetry::start_logging(&config.log)?;
+            let metrics = Arc::new(Metrics::default());
+            // Dropping the runtime afterwards waits for work whose caller has left.
+            runtime.block_on(async {
+                let drivers = drivers(&config, &metrics);
+                cli::serve::run(&config, drivers, metrics).await
+            })
+        }
+        Command::Config(ConfigCommand::Check { file }) => {
+            Config::load(&file)?;
+            println!("{} is right", file.display());
+            Ok(())
+        }
+    }
+}
+
+/// Sockets of one driver name share its back end and its locks.
+fn drivers(config: &Config, metrics: &Arc<Metrics>) -> Vec<(Driver, Front)> {
+    let mut fronts: BTreeMap<&str, Front> = BTreeMap::new();
+    for driver in &config.drivers {
+        fronts.entry(&driver.name).or_insert_with(|| {
+            let backend = backend(driver.backend, config);
+            Front::new(&driver.name, config.node.clone(), backend, config.deadlines, metrics.clone())
+        });
+    }
+    config.drivers.iter().map(|driver| (driver.clone(), fronts[driver.name.as_str()].clone())).collect()
+}
+
+fn backend(kind: BackendKind, config: &Config) -> Backend {
+    match kind {
+        BackendKind::Nvme => {
+            let nvme = Nvme::new(&config.node, &config.pools, config.deadlines.command);
+            let starting = nvme.clone();
+            tokio::task::spawn_blocking(move || starting.start());
+            nvme.backend()
+        }
+    }
+}
