@@ -40,6 +40,11 @@ impl Front {
         Self { driver: driver.into(), node, backend, locks: Locks::default(), slots, deadlines, metrics }
     }
 
+    /// Is no call at work?
+    pub fn is_idle(&self) -> bool {
+        self.slots.available_permits() == SLOTS
+    }
+
     /// Answers one call: counts it, times it, and logs how it ended, once. `subject` is the volume or path it is about.
     pub(super) async fn answer<T>(
         &self,

@@ -231,9 +231,10 @@ impl Controller for Front {
             let (parameters, _) = parse::parameters(request.parameters)?;
             let places = parse::places(request.accessibility_requirements);
             let backend = self.backend.controller.clone();
-            // The source's lock is enough for one name of one volume; the pool's own lock settles the rest.
+            // The name too: another call may want it for another volume.
+            let keys = [source.to_string(), format!("snapshot named {}", name.as_str())];
             let snapshot = self
-                .work([source.to_string()], move || {
+                .work(keys, move || {
                     let snapshots = backend.snapshots().ok_or_else(|| absent("snapshots"))?;
                     let id = snapshots.snapshot_id(&name)?;
                     snapshots.ensure_snapshot(&id, &name, &source, &parameters, &places, &secrets)

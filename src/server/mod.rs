@@ -8,6 +8,7 @@ mod socket;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 use tokio::sync::watch;
 use tokio::task::JoinSet;
@@ -38,8 +39,9 @@ pub async fn serve(
     if let Some(address) = config.http {
         parts.spawn(http::Http::bind(address, metrics, ready.clone()).await?.serve(stop.clone()));
     }
+    let fronts: Vec<_> = drivers.iter().map(|(_, front)| front.clone()).collect();
     for (driver, front) in drivers {
-        let listener = socket::bind(&driver.socket, socket::Directory::Ours)?;
+        let (listener, file) = socket::bind(&driver.socket, socket::Directory::Ours)?;
         tracing::info!(driver = driver.name, socket = %driver.socket.display(), role = ?driver.role, "serving");
         let services = Server::builder()
             .add_service(IdentityServer::new(front.clone()))
@@ -49,7 +51,7 @@ pub async fn serve(
         let stopped = wait(stop.clone());
         parts.spawn(async move {
             let result = services.serve_with_incoming_shutdown(UnixListenerStream::new(listener), stopped).await;
-            socket::remove(&path);
+            drop(file);
             result
                 .map_err(|error| Error::caused(ErrorKind::Internal, format!("cannot serve {}", path.display()), error))
         });
@@ -59,13 +61,28 @@ pub async fn serve(
         }
     }
     ready.store(true, Ordering::Release);
-    while let Some(ended) = parts.join_next().await {
+    loop {
+        let ended = tokio::select! {
+            ended = parts.join_next() => ended,
+            // A client that keeps its connection open does not keep us.
+            () = drained(stop.clone(), &fronts) => return Ok(()),
+        };
+        let Some(ended) = ended else { return Ok(()) };
         ended.map_err(|error| Error::caused(ErrorKind::Internal, "a part of the server ended in a panic", error))??;
         if !*stop.borrow() {
             fail!(Internal, "a part of the server ended by itself");
         }
     }
-    Ok(())
+}
+
+/// Ends when `stop` has turned true and no call has been at work for a moment, so that the last reply is on its way.
+async fn drained(stop: watch::Receiver<bool>, fronts: &[Front]) {
+    wait(stop).await;
+    let mut quiet = 0;
+    while quiet < 3 {
+        tokio::time::sleep(Duration::from_millis(50)).await;
+        quiet = if fronts.iter().all(Front::is_idle) { quiet + 1 } else { 0 };
+    }
 }
 
 /// Ends when `stop` turns true, or when nobody can turn it any more.

@@ -44,7 +44,7 @@ impl Registration {
     /// Keeps the driver registered until `stop`; then takes the socket away, which unregisters it.
     pub(super) async fn keep(self, stop: watch::Receiver<bool>) -> Result<()> {
         while !*stop.borrow() {
-            let listener = socket::bind(&self.socket, socket::Directory::Shared)?;
+            let (listener, file) = socket::bind(&self.socket, socket::Directory::Shared)?;
             let ended = {
                 let (stop, refused) = (stop.clone(), self.refused.clone());
                 async move {
@@ -58,7 +58,7 @@ impl Registration {
                 .add_service(RegistrationServer::new(self.clone()))
                 .serve_with_incoming_shutdown(UnixListenerStream::new(listener), ended)
                 .await;
-            socket::remove(&self.socket);
+            drop(file);
             served.map_err(|error| {
                 Error::caused(ErrorKind::Internal, format!("cannot serve {}", self.socket.display()), error)
             })?;

@@ -4,7 +4,7 @@
 
 use std::fs::Permissions;
 use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt, PermissionsExt};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use tokio::net::UnixListener;
 
@@ -23,7 +23,7 @@ pub(super) enum Directory {
 ///
 /// # Errors
 /// `Precondition` when another process serves there, or something else is there.
-pub(super) fn bind(path: &Path, directory: Directory) -> Result<UnixListener> {
+pub(super) fn bind(path: &Path, directory: Directory) -> Result<(UnixListener, SocketFile)> {
     if directory == Directory::Ours {
         make_private(path.parent().unwrap_or(path))?;
     }
@@ -38,17 +38,23 @@ pub(super) fn bind(path: &Path, directory: Directory) -> Result<UnixListener> {
         Err(_) => {}
     }
     let listener = UnixListener::bind(path).context(|| format!("cannot listen at {}", path.display()))?;
+    let file = SocketFile(path.to_owned());
     std::fs::set_permissions(path, Permissions::from_mode(0o600))
         .context(|| format!("cannot protect {}", path.display()))?;
-    Ok(listener)
+    Ok((listener, file))
 }
 
-/// Removes our socket; gone already is fine.
-pub(super) fn remove(path: &Path) {
-    if let Err(error) = std::fs::remove_file(path)
-        && error.kind() != std::io::ErrorKind::NotFound
-    {
-        tracing::warn!(path = %path.display(), %error, "cannot remove a socket");
+/// Our socket's file: removed when dropped, however its server ends.
+#[derive(Debug)]
+pub(super) struct SocketFile(PathBuf);
+
+impl Drop for SocketFile {
+    fn drop(&mut self) {
+        if let Err(error) = std::fs::remove_file(&self.0)
+            && error.kind() != std::io::ErrorKind::NotFound
+        {
+            tracing::warn!(path = %self.0.display(), %error, "cannot remove a socket");
+        }
     }
 }
 
@@ -81,9 +87,12 @@ mod tests {
         assert_eq!(path.metadata().unwrap().mode() & 0o777, 0o600);
         assert_eq!(path.parent().unwrap().metadata().unwrap().mode() & 0o777, 0o700);
         assert!(bind(&path, Directory::Ours).unwrap_err().to_string().contains("another process"));
-        drop(first);
+        // A driver that died leaves its file.
+        let (listener, file) = first;
+        drop(listener);
+        std::mem::forget(file);
         drop(bind(&path, Directory::Ours).unwrap());
-        remove(&path);
+        assert!(!path.exists());
         std::fs::write(&path, "precious").unwrap();
         assert!(bind(&path, Directory::Ours).unwrap_err().to_string().contains("not a socket"));
     }

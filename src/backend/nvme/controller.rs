@@ -96,7 +96,13 @@ impl Nvme {
     ) -> Result<Volume> {
         let wanted = check_capabilities(&spec.capabilities)?;
         let class = ClassParameters::parse(&spec.parameters)?;
-        if let Some(located) = self.locate(sort, id.as_str())? {
+        let found = self.locate_in(self.pools_named(class.pool.as_deref()), sort, id.as_str());
+        let found = found.map_err(|error| match error.kind() {
+            // A pool that can't be looked into has no room either: let the volume go to another node.
+            ErrorKind::Unreachable => Error::caused(ErrorKind::Exhausted, "no room on this node", error),
+            _ => error,
+        })?;
+        if let Some(located) = found {
             let present = VolumeDescriptor::read(&located.folder)?;
             compare(&present, wanted, spec, origin.as_ref())?;
             return Ok(self.describe(id, &present));

@@ -120,6 +120,16 @@ impl Nvme {
     /// `Precondition` for an id of another node; `Internal` when two pools have one, or a pool that may have it is
     /// not there: absence has to be positive.
     fn locate(&self, sort: Sort, id: &str) -> Result<Option<Located<'_>>> {
+        self.locate_in(self.pools.iter(), sort, id)
+    }
+
+    /// The same, for a thing that can only be in one of these pools.
+    fn locate_in<'a>(
+        &self,
+        pools: impl Iterator<Item = &'a Pool>,
+        sort: Sort,
+        id: &str,
+    ) -> Result<Option<Located<'a>>> {
         match self.is_ours(sort, id) {
             None => return Ok(None),
             Some(false) => fail!(Precondition, "{id} lies on another node, not on this one"),
@@ -127,7 +137,7 @@ impl Nvme {
         }
         let mut found = None;
         let mut missing = None;
-        for pool in &self.pools {
+        for pool in pools {
             let folder = pool.folder(sort, id);
             match folder.symlink_metadata() {
                 Ok(_) if found.is_some() => {

@@ -37,6 +37,8 @@ const ROOT_DISK: [&str; 2] = ["/", "/var/lib/kubelet"];
 pub(super) struct Pool {
     config: config::Pool,
     books: Mutex<Option<Books>>,
+    /// A device number, and whether its file system has reflink.
+    reflink: Mutex<Option<(u64, bool)>>,
 }
 
 /// What the pool holds: ids, and the bytes promised to each.
@@ -69,7 +71,7 @@ impl Books {
 
 impl Pool {
     pub(super) fn new(config: config::Pool) -> Self {
-        Self { config, books: Mutex::new(None) }
+        Self { config, books: Mutex::new(None), reflink: Mutex::new(None) }
     }
 
     pub(super) fn name(&self) -> &str {
@@ -113,9 +115,18 @@ impl Pool {
         }
     }
 
-    /// Can files here share blocks? Tried, not guessed.
+    /// Can files here share blocks? Tried, not guessed, and once for each file system that turns up at the path.
     pub(super) fn has_reflink(&self) -> Result<bool> {
-        files::has_reflink(&self.config.path)
+        let device = files::device_of(&self.config.path)?;
+        let mut tried = self.reflink.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((on, has)) = *tried
+            && on == device
+        {
+            return Ok(has);
+        }
+        let has = files::has_reflink(&self.config.path)?;
+        *tried = Some((device, has));
+        Ok(has)
     }
 
     /// Answers a question from the books, which are counted first if need be.
@@ -238,10 +249,13 @@ impl Writer<'_> {
         size: u64,
         fill: impl FnOnce(&Path) -> Result<()>,
     ) -> Result<()> {
+        let folder = self.pool.folder(sort, id);
+        if folder.symlink_metadata().is_ok() {
+            fail!(Busy, "{id} was made by another process just now: ask again");
+        }
         self.check_room(size)?;
         self.raise_generation()?;
         let fresh = self.pool.config.path.join("tmp").join(id);
-        let folder = self.pool.folder(sort, id);
         let made = std::fs::create_dir(&fresh)
             .context(|| format!("cannot make {}", fresh.display()))
             .and_then(|()| fill(&fresh))

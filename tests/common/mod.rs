@@ -1,0 +1,535 @@
+//! A pool on a real file system, the real binary on real sockets, and clean-up that always runs.
+#![allow(dead_code, unreachable_pub, unused_macros, reason = "each test file uses a part of it")]
+#![allow(clippy::disallowed_methods, clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "tests")]
+
+use std::collections::HashMap;
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use berth::proto::csi;
+use berth::proto::csi::controller_client::ControllerClient;
+use berth::proto::csi::node_client::NodeClient;
+use tokio::net::UnixStream;
+use tonic::transport::{Channel, Endpoint};
+use tonic::{Code, Status};
+
+pub const MI: i64 = 1 << 20;
+pub const GI: i64 = 1 << 30;
+
+/// Ends the test, with a line that `make test` repeats at its end, when the machine lacks what it needs.
+#[macro_export]
+macro_rules! skip_unless {
+    ($condition:expr, $why:expr) => {
+        if !$condition {
+            println!("SKIPPED {}: {}", module_path!(), $why);
+            return;
+        }
+    };
+}
+
+pub fn is_root() -> bool {
+    rustix::process::geteuid().is_root()
+}
+
+/// ext4 grows while mounted only with this.
+pub fn has_sys_resource() -> bool {
+    let sets = rustix::thread::capabilities(None).unwrap();
+    sets.effective.contains(rustix::thread::CapabilitySet::SYS_RESOURCE)
+}
+
+/// A pool on a file system of its own, and a driver on it.
+pub struct Lab {
+    dir: tempfile::TempDir,
+    pub config: Config,
+    driver: Option<Child>,
+    /// Prepended to the driver's command line.
+    pub wrapper: Vec<String>,
+    pub environment: Vec<(String, String)>,
+}
+
+/// What goes into the configuration file.
+#[derive(Clone)]
+pub struct Config {
+    pub pool: String,
+    pub extra: String,
+    pub kubelet: bool,
+}
+
+impl Lab {
+    /// A pool on a fresh file system of this size, and a running driver.
+    pub async fn on(filesystem: &str, size: i64) -> (Self, Client) {
+        let mut lab = Self::without_driver(filesystem, size);
+        let client = lab.start().await;
+        (lab, client)
+    }
+
+    pub fn without_driver(filesystem: &str, size: i64) -> Self {
+        let lab = Self::bare();
+        lab.make_pool("pool", filesystem, size);
+        lab
+    }
+
+    /// No pool is mounted.
+    pub fn bare() -> Self {
+        // Short: a socket's path has at most 107 bytes.
+        let dir = tempfile::Builder::new().prefix("berth-").tempdir().unwrap();
+        let path = dir.path().display();
+        let config =
+            Config { pool: format!("{{name: main, path: {path}/pool}}"), extra: String::new(), kubelet: false };
+        Self { dir, config, driver: None, wrapper: Vec::new(), environment: Vec::new() }
+    }
+
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    pub fn pool(&self) -> PathBuf {
+        self.path("pool")
+    }
+
+    pub fn make_pool(&self, name: &str, filesystem: &str, size: i64) {
+        let image = self.path(&format!("{name}.img"));
+        File::create(&image).unwrap().set_len(size.cast_unsigned()).unwrap();
+        run(&format!("mkfs.{filesystem}"), &["-q", image.to_str().unwrap()]);
+        self.mount_pool(name);
+    }
+
+    pub fn mount_pool(&self, name: &str) {
+        std::fs::create_dir_all(self.path(name)).unwrap();
+        let image = self.path(&format!("{name}.img"));
+        run("mount", &["-o", "loop", image.to_str().unwrap(), self.path(name).to_str().unwrap()]);
+    }
+
+    /// Starts the driver and waits until it answers.
+    pub async fn start(&mut self) -> Client {
+        self.spawn();
+        let end = Instant::now() + Duration::from_secs(20);
+        loop {
+            if let Ok(client) = Client::connect(&self.path("run/csi.sock")).await {
+                return client;
+            }
+            let ended = self.driver.as_mut().unwrap().try_wait().unwrap();
+            assert!(ended.is_none() && Instant::now() < end, "the driver did not start: {ended:?}\n{}", self.log());
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    }
+
+    pub fn write_config(&self) -> PathBuf {
+        let Config { pool, extra, kubelet } = &self.config;
+        let dir = self.dir.path().display();
+        let kubelet = if *kubelet { format!(", kubelet: {{registry: {dir}/registry}}") } else { String::new() };
+        let text = format!(
+            "node: {{name: node-a}}\nlog: {{level: trace}}\n{extra}\npools:\n  - {pool}\ndrivers:\n  - {{backend: nvme, socket: {dir}/run/csi.sock{kubelet}}}\n"
+        );
+        let path = self.path("config.yaml");
+        std::fs::write(&path, text).unwrap();
+        path
+    }
+
+    pub fn spawn(&mut self) {
+        let config = self.write_config();
+        let mut words = self.wrapper.clone();
+        words.extend([env!("CARGO_BIN_EXE_berth").to_owned(), "serve".to_owned(), "--config".to_owned()]);
+        let log = File::options().append(true).create(true).open(self.path("log")).unwrap();
+        let mut command = Command::new(&words[0]);
+        command.args(&words[1..]).arg(config).stdin(Stdio::null()).stdout(Stdio::null()).stderr(log);
+        command.envs(self.environment.iter().cloned());
+        self.driver = Some(command.spawn().unwrap());
+    }
+
+    pub fn log(&self) -> String {
+        std::fs::read_to_string(self.path("log")).unwrap_or_default()
+    }
+
+    pub fn pid(&self) -> u32 {
+        self.driver.as_ref().unwrap().id()
+    }
+
+    /// SIGKILL: no chance to tidy up.
+    pub fn kill(&mut self) {
+        if let Some(mut driver) = self.driver.take() {
+            let _ = driver.kill();
+            let _ = driver.wait();
+        }
+    }
+
+    pub fn signal(&self, signal: rustix::process::Signal) {
+        let pid = rustix::process::Pid::from_child(self.driver.as_ref().unwrap());
+        rustix::process::kill_process(pid, signal).unwrap();
+    }
+
+    pub fn wait(&mut self) -> std::process::ExitStatus {
+        self.driver.as_mut().unwrap().wait().unwrap()
+    }
+
+    /// Has the driver ended by itself?
+    pub fn has_ended(&mut self) -> bool {
+        self.driver.as_mut().unwrap().try_wait().unwrap().is_some()
+    }
+
+    pub async fn restart(&mut self) -> Client {
+        self.kill();
+        self.start().await
+    }
+
+    /// A fresh directory for kubelet's files.
+    pub fn staging(&self, name: &str) -> String {
+        let path = self.path(&format!("staging-{name}"));
+        std::fs::create_dir_all(&path).unwrap();
+        path.to_str().unwrap().to_owned()
+    }
+
+    /// A target whose parent exists.
+    pub fn target(&self, name: &str) -> String {
+        self.path(&format!("target-{name}")).to_str().unwrap().to_owned()
+    }
+
+    pub fn entries(&self, folder: &str) -> Vec<String> {
+        let mut names: Vec<_> = std::fs::read_dir(self.pool().join(folder))
+            .unwrap()
+            .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+            .collect();
+        names.sort();
+        names
+    }
+
+    /// Mounts below the test's directory, other than its pools.
+    pub fn mounts(&self) -> Vec<String> {
+        let mut mounts = mounts_below(self.dir.path());
+        mounts.retain(|mount| !self.dir.path().join(format!("{}.img", base(mount))).exists());
+        mounts
+    }
+
+    /// Loop devices whose image lies in the pool.
+    pub fn loops(&self) -> Vec<String> {
+        loops_below(&self.pool())
+    }
+
+    /// No volume is anywhere, as mount or device.
+    pub fn assert_no_places(&self) {
+        assert_eq!(self.mounts(), Vec::<String>::new());
+        assert_eq!(self.loops(), Vec::<String>::new());
+    }
+
+    /// Nothing of the volumes is left: no mount, no loop device, no folder.
+    pub fn assert_clean(&self) {
+        self.assert_no_places();
+        for folder in ["volumes", "snapshots", "tmp", "trash"] {
+            assert_eq!(self.entries(folder), Vec::<String>::new(), "{folder}");
+        }
+    }
+}
+
+impl Drop for Lab {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            let log = self.log();
+            let lines: Vec<_> = log.lines().collect();
+            eprintln!("the driver's last words:\n{}", lines[lines.len().saturating_sub(30)..].join("\n"));
+        }
+        self.kill();
+        for _ in 0..3 {
+            for mount in mounts_below(self.dir.path()).iter().rev() {
+                let _ = Command::new("umount").arg(mount).stderr(Stdio::null()).status();
+            }
+        }
+        for device in loops_below(self.dir.path()) {
+            let _ = Command::new("losetup").args(["-d", &device]).status();
+        }
+        for mount in mounts_below(self.dir.path()).iter().rev() {
+            let _ = Command::new("umount").args(["-l", mount]).status();
+        }
+    }
+}
+
+fn base(path: &str) -> &str {
+    Path::new(path).file_name().unwrap().to_str().unwrap()
+}
+
+pub fn mounts_below(dir: &Path) -> Vec<String> {
+    let table = std::fs::read_to_string("/proc/self/mountinfo").unwrap();
+    let places = table.lines().filter_map(|line| line.split(' ').nth(4));
+    places.filter(|place| Path::new(place).starts_with(dir)).map(str::to_owned).collect()
+}
+
+pub fn loops_below(dir: &Path) -> Vec<String> {
+    let mut found = Vec::new();
+    for entry in std::fs::read_dir("/sys/block").unwrap() {
+        let name = entry.unwrap().file_name().into_string().unwrap();
+        if let Ok(backing) = std::fs::read_to_string(format!("/sys/block/{name}/loop/backing_file"))
+            && Path::new(backing.trim_end()).starts_with(dir)
+        {
+            found.push(format!("/dev/{name}"));
+        }
+    }
+    found
+}
+
+pub fn run(program: &str, arguments: &[&str]) -> String {
+    let output = Command::new(program).args(arguments).output().unwrap();
+    assert!(output.status.success(), "{program} {arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8(output.stdout).unwrap()
+}
+
+/// How a volume is used.
+#[derive(Clone, Debug)]
+pub struct Use {
+    pub fs: String,
+    pub block: bool,
+    pub mode: csi::volume_capability::access_mode::Mode,
+    pub flags: Vec<String>,
+}
+
+impl Default for Use {
+    fn default() -> Self {
+        use csi::volume_capability::access_mode::Mode;
+        Self { fs: String::new(), block: false, mode: Mode::SingleNodeMultiWriter, flags: Vec::new() }
+    }
+}
+
+impl Use {
+    pub fn fs(fs: &str) -> Self {
+        Self { fs: fs.to_owned(), ..Self::default() }
+    }
+
+    pub fn block() -> Self {
+        Self { block: true, ..Self::default() }
+    }
+
+    pub fn mode(mode: csi::volume_capability::access_mode::Mode) -> Self {
+        Self { mode, ..Self::default() }
+    }
+
+    pub fn message(&self) -> csi::VolumeCapability {
+        use csi::volume_capability::{AccessMode, AccessType, BlockVolume, MountVolume};
+        let access = if self.block {
+            AccessType::Block(BlockVolume {})
+        } else {
+            AccessType::Mount(MountVolume {
+                fs_type: self.fs.clone(),
+                mount_flags: self.flags.clone(),
+                volume_mount_group: String::new(),
+            })
+        };
+        csi::VolumeCapability { access_type: Some(access), access_mode: Some(AccessMode { mode: self.mode.into() }) }
+    }
+}
+
+/// Both services, called as kubelet and the sidecars do.
+#[derive(Clone)]
+pub struct Client {
+    pub controller: ControllerClient<Channel>,
+    pub node: NodeClient<Channel>,
+    pub channel: Channel,
+}
+
+impl Client {
+    pub async fn connect(socket: &Path) -> Result<Self, tonic::transport::Error> {
+        let socket = socket.to_owned();
+        let connector = tower::service_fn(move |_| {
+            let socket = socket.clone();
+            async move { Ok::<_, std::io::Error>(hyper_util::rt::TokioIo::new(UnixStream::connect(socket).await?)) }
+        });
+        let channel = Endpoint::from_static("http://localhost").connect_with_connector(connector).await?;
+        Ok(Self { controller: ControllerClient::new(channel.clone()), node: NodeClient::new(channel.clone()), channel })
+    }
+
+    pub fn request(name: &str, size: i64, usage: &Use) -> csi::CreateVolumeRequest {
+        csi::CreateVolumeRequest {
+            name: name.to_owned(),
+            capacity_range: Some(csi::CapacityRange { required_bytes: size, limit_bytes: 0 }),
+            volume_capabilities: vec![usage.message()],
+            ..Default::default()
+        }
+    }
+
+    pub async fn try_create(&self, request: csi::CreateVolumeRequest) -> Result<csi::Volume, Status> {
+        let reply = self.controller.clone().create_volume(request).await?;
+        Ok(reply.into_inner().volume.unwrap())
+    }
+
+    pub async fn create(&self, name: &str, size: i64, usage: &Use) -> String {
+        self.try_create(Self::request(name, size, usage)).await.unwrap().volume_id
+    }
+
+    pub async fn create_from(
+        &self,
+        name: &str,
+        size: i64,
+        usage: &Use,
+        source: csi::volume_content_source::Type,
+    ) -> Result<csi::Volume, Status> {
+        let mut request = Self::request(name, size, usage);
+        request.volume_content_source = Some(csi::VolumeContentSource { r#type: Some(source) });
+        self.try_create(request).await
+    }
+
+    pub async fn delete(&self, id: &str) -> Result<(), Status> {
+        let request = csi::DeleteVolumeRequest { volume_id: id.to_owned(), ..Default::default() };
+        self.controller.clone().delete_volume(request).await.map(drop)
+    }
+
+    pub async fn stage(&self, id: &str, path: &str, usage: &Use) -> Result<(), Status> {
+        let request = csi::NodeStageVolumeRequest {
+            volume_id: id.to_owned(),
+            staging_target_path: path.to_owned(),
+            volume_capability: Some(usage.message()),
+            ..Default::default()
+        };
+        self.node.clone().node_stage_volume(request).await.map(drop)
+    }
+
+    pub async fn unstage(&self, id: &str, path: &str) -> Result<(), Status> {
+        let request = csi::NodeUnstageVolumeRequest { volume_id: id.to_owned(), staging_target_path: path.to_owned() };
+        self.node.clone().node_unstage_volume(request).await.map(drop)
+    }
+
+    pub fn publication(id: &str, staging: &str, target: &str, usage: &Use) -> csi::NodePublishVolumeRequest {
+        csi::NodePublishVolumeRequest {
+            volume_id: id.to_owned(),
+            staging_target_path: staging.to_owned(),
+            target_path: target.to_owned(),
+            volume_capability: Some(usage.message()),
+            ..Default::default()
+        }
+    }
+
+    pub async fn publish(&self, id: &str, staging: &str, target: &str, usage: &Use) -> Result<(), Status> {
+        self.node.clone().node_publish_volume(Self::publication(id, staging, target, usage)).await.map(drop)
+    }
+
+    pub async fn unpublish(&self, id: &str, target: &str) -> Result<(), Status> {
+        let request = csi::NodeUnpublishVolumeRequest { volume_id: id.to_owned(), target_path: target.to_owned() };
+        self.node.clone().node_unpublish_volume(request).await.map(drop)
+    }
+
+    pub async fn expand(&self, id: &str, path: &str, size: i64) -> Result<i64, Status> {
+        let request = csi::NodeExpandVolumeRequest {
+            volume_id: id.to_owned(),
+            volume_path: path.to_owned(),
+            capacity_range: Some(csi::CapacityRange { required_bytes: size, limit_bytes: 0 }),
+            ..Default::default()
+        };
+        Ok(self.node.clone().node_expand_volume(request).await?.into_inner().capacity_bytes)
+    }
+
+    pub async fn snapshot(&self, source: &str, name: &str) -> Result<csi::Snapshot, Status> {
+        let request = csi::CreateSnapshotRequest {
+            source_volume_id: source.to_owned(),
+            name: name.to_owned(),
+            ..Default::default()
+        };
+        Ok(self.controller.clone().create_snapshot(request).await?.into_inner().snapshot.unwrap())
+    }
+
+    pub async fn delete_snapshot(&self, id: &str) -> Result<(), Status> {
+        let request = csi::DeleteSnapshotRequest { snapshot_id: id.to_owned(), ..Default::default() };
+        self.controller.clone().delete_snapshot(request).await.map(drop)
+    }
+
+    pub async fn capacity(&self) -> csi::GetCapacityResponse {
+        self.controller.clone().get_capacity(csi::GetCapacityRequest::default()).await.unwrap().into_inner()
+    }
+
+    pub async fn health(&self, id: &str) -> Result<Vec<String>, Status> {
+        let request = csi::ControllerGetVolumeHealthRequest { volume_id: id.to_owned(), ..Default::default() };
+        let reply = self.controller.clone().controller_get_volume_health(request).await?.into_inner();
+        Ok(reply.volume_health.unwrap().health_statuses.into_iter().map(|entry| entry.reason).collect())
+    }
+
+    pub async fn storage_health(&self) -> Vec<String> {
+        let request = csi::NodeGetStorageHealthRequest::default();
+        let reply = self.node.clone().node_get_storage_health(request).await.unwrap().into_inner();
+        reply.backend_health.into_iter().map(|entry| entry.reason).collect()
+    }
+
+    /// Total bytes, as statistics say.
+    pub async fn total(&self, id: &str, path: &str) -> Result<i64, Status> {
+        let request = csi::NodeGetVolumeStatsRequest {
+            volume_id: id.to_owned(),
+            volume_path: path.to_owned(),
+            ..Default::default()
+        };
+        Ok(self.node.clone().node_get_volume_stats(request).await?.into_inner().usage[0].total)
+    }
+
+    pub async fn list(&self) -> Vec<String> {
+        let reply = self.controller.clone().list_volumes(csi::ListVolumesRequest::default()).await.unwrap();
+        reply.into_inner().entries.into_iter().map(|entry| entry.volume.unwrap().volume_id).collect()
+    }
+
+    /// Everything from the volume's name to a directory that a pod sees.
+    pub async fn make_and_mount(&self, lab: &Lab, name: &str, size: i64, usage: &Use) -> Mounted {
+        let id = self.create(name, size, usage).await;
+        self.mount(lab, &id, name, usage).await
+    }
+
+    pub async fn mount(&self, lab: &Lab, id: &str, name: &str, usage: &Use) -> Mounted {
+        let mounted = Mounted { id: id.to_owned(), staging: lab.staging(name), target: lab.target(name) };
+        self.stage(id, &mounted.staging, usage).await.unwrap();
+        self.publish(id, &mounted.staging, &mounted.target, usage).await.unwrap();
+        mounted
+    }
+
+    pub async fn unmount(&self, mounted: &Mounted) {
+        self.unpublish(&mounted.id, &mounted.target).await.unwrap();
+        self.unstage(&mounted.id, &mounted.staging).await.unwrap();
+    }
+
+    pub async fn remove(&self, mounted: &Mounted) {
+        self.unmount(mounted).await;
+        self.delete(&mounted.id).await.unwrap();
+    }
+}
+
+/// A volume at its places.
+pub struct Mounted {
+    pub id: String,
+    pub staging: String,
+    pub target: String,
+}
+
+impl Mounted {
+    pub fn file(&self, name: &str) -> PathBuf {
+        Path::new(&self.target).join(name)
+    }
+}
+
+pub fn from_snapshot(id: &str) -> csi::volume_content_source::Type {
+    use csi::volume_content_source::{SnapshotSource, Type};
+    Type::Snapshot(SnapshotSource { snapshot_id: id.to_owned() })
+}
+
+pub fn from_volume(id: &str) -> csi::volume_content_source::Type {
+    use csi::volume_content_source::{Type, VolumeSource};
+    Type::Volume(VolumeSource { volume_id: id.to_owned() })
+}
+
+/// The code and message of a call that must fail.
+#[track_caller]
+pub fn refused<T: std::fmt::Debug>(result: Result<T, Status>, code: Code) -> String {
+    match result {
+        Ok(reply) => panic!("{reply:?} instead of {code:?}"),
+        Err(status) => {
+            assert_eq!(status.code(), code, "{}", status.message());
+            assert!(status.details().is_empty());
+            status.message().to_owned()
+        }
+    }
+}
+
+pub fn map(pairs: &[(&str, &str)]) -> HashMap<String, String> {
+    pairs.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect()
+}
+
+/// Writes and makes durable.
+pub fn write(path: impl AsRef<Path>, contents: impl AsRef<[u8]>) {
+    std::fs::write(&path, contents).unwrap();
+    File::open(path).unwrap().sync_all().unwrap();
+}
+
+pub fn read(path: impl AsRef<Path>) -> Vec<u8> {
+    std::fs::read(path).unwrap()
+}

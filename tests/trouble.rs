@@ -1,0 +1,479 @@
+//! Bad input and bad luck: a clear error, nothing lost, nothing left behind, and everything else goes on.
+#![allow(clippy::disallowed_methods, clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "tests")]
+
+mod common;
+
+use std::os::unix::fs::{PermissionsExt, symlink};
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use berth::proto::csi;
+use common::{Client, GI, Lab, MI, Use, from_snapshot, is_root, map, read, refused, run, write};
+use tonic::Code;
+
+/// > No id leads out of the pool: `..`, empty parts, control characters and over-long ids are refused as such.
+#[tokio::test]
+async fn hostile_ids_are_refused_everywhere() {
+    skip_unless!(is_root(), "needs root");
+    let (lab, client) = Lab::on("xfs", 2 * GI).await;
+    let mounted = client.make_and_mount(&lab, "a", GI, &Use::default()).await;
+    write(mounted.file("f"), "precious");
+    let inside = format!("../volumes/{}", mounted.id);
+    let long = "x".repeat(129);
+    for id in ["..", ".", "", "a/../b", "a//b", "/", "/etc", "a/", "a\0b", "a\nb", inside.as_str(), long.as_str()] {
+        refused(client.delete(id).await, Code::InvalidArgument);
+        refused(client.delete_snapshot(id).await, Code::InvalidArgument);
+        refused(client.stage(id, &mounted.staging, &Use::default()).await, Code::InvalidArgument);
+        refused(client.unstage(id, &mounted.staging).await, Code::InvalidArgument);
+        refused(client.publish(id, &mounted.staging, &lab.target("x"), &Use::default()).await, Code::InvalidArgument);
+        refused(client.unpublish(id, &mounted.target).await, Code::InvalidArgument);
+        refused(client.expand(id, &mounted.target, 2 * GI).await, Code::InvalidArgument);
+        refused(client.total(id, &mounted.target).await, Code::InvalidArgument);
+        refused(client.health(id).await, Code::InvalidArgument);
+        refused(client.snapshot(id, "s").await, Code::InvalidArgument);
+        if !id.is_empty() {
+            refused(client.create_from("b", GI, &Use::default(), from_snapshot(id)).await, Code::InvalidArgument);
+        }
+    }
+    // Well-formed ids that nobody made are simply not there; another node's are told apart from those.
+    for id in ["fake", "a/b", "vol-x", &mounted.id.to_uppercase()] {
+        client.delete(id).await.unwrap();
+        refused(client.stage(id, &lab.staging("x"), &Use::default()).await, Code::NotFound);
+        refused(client.total(id, &mounted.target).await, Code::NotFound);
+    }
+    let elsewhere = mounted.id.replace(&mounted.id[4..12], "00000000");
+    let message = refused(client.delete(&elsewhere).await, Code::FailedPrecondition);
+    assert!(message.contains("another node"), "{message}");
+    assert_eq!(read(mounted.file("f")), b"precious");
+    client.remove(&mounted).await;
+    lab.assert_clean();
+}
+
+/// > Paths are absolute and plain, and no part of one is a symbolic link.
+#[tokio::test]
+async fn relative_and_symlinked_paths_are_refused() {
+    skip_unless!(is_root(), "needs root");
+    let (lab, client) = Lab::on("xfs", 2 * GI).await;
+    let mounted = client.make_and_mount(&lab, "a", GI, &Use::default()).await;
+    let elsewhere = lab.path("elsewhere");
+    std::fs::create_dir(&elsewhere).unwrap();
+    symlink(&elsewhere, lab.target("link")).unwrap();
+    let below = format!("{}/below", lab.target("link"));
+    let dotted = format!("{}/../x", mounted.target);
+    for target in ["", "relative/path", "/", "//", "/a//b", &dotted, &lab.target("link"), &below] {
+        refused(client.publish(&mounted.id, &mounted.staging, target, &Use::default()).await, Code::InvalidArgument);
+        refused(client.unpublish(&mounted.id, target).await, Code::InvalidArgument);
+        refused(client.stage(&mounted.id, target, &Use::default()).await, Code::InvalidArgument);
+        refused(client.unstage(&mounted.id, target).await, Code::InvalidArgument);
+    }
+    assert_eq!(std::fs::read_dir(&elsewhere).unwrap().count(), 0);
+    assert!(Path::new(&lab.target("link")).is_symlink());
+    client.remove(&mounted).await;
+    lab.assert_clean();
+}
+
+/// > Nothing is mounted over what is in use, and nothing is unmounted or removed that is not this volume's.
+#[tokio::test]
+async fn a_place_in_use_is_left_alone() {
+    skip_unless!(is_root(), "needs root");
+    let (lab, client) = Lab::on("xfs", 4 * GI).await;
+    let mounted = client.make_and_mount(&lab, "a", GI, &Use::default()).await;
+    let other = client.make_and_mount(&lab, "b", GI, &Use::default()).await;
+    write(other.file("f"), "b's");
+
+    let foreign = lab.target("foreign");
+    std::fs::create_dir(&foreign).unwrap();
+    run("mount", &["-t", "tmpfs", "none", &foreign]);
+    let full = lab.target("full");
+    std::fs::create_dir(&full).unwrap();
+    std::fs::write(format!("{full}/mine"), "x").unwrap();
+    let file = lab.target("file");
+    std::fs::write(&file, "x").unwrap();
+    for target in [&foreign, &full, &file, &other.target] {
+        refused(client.publish(&mounted.id, &mounted.staging, target, &Use::default()).await, Code::FailedPrecondition);
+        refused(client.unpublish(&mounted.id, target).await, Code::FailedPrecondition);
+    }
+    refused(client.stage(&mounted.id, &foreign, &Use::default()).await, Code::FailedPrecondition);
+    client.unstage(&mounted.id, &foreign).await.unwrap();
+    client.unstage(&mounted.id, &other.staging).await.unwrap();
+    assert_eq!(read(other.file("f")), b"b's");
+    assert_eq!(read(format!("{full}/mine")), b"x");
+    run("mountpoint", &["-q", &foreign]);
+    // What was never staged can't be published, and says so.
+    let message = refused(
+        client.publish(&mounted.id, &lab.staging("none"), &lab.target("x"), &Use::default()).await,
+        Code::FailedPrecondition,
+    );
+    assert!(message.contains("stage it first"), "{message}");
+    assert!(!Path::new(&lab.target("x")).exists());
+    // A busy mount is not torn away.
+    let held = std::fs::File::open(mounted.file(".")).unwrap();
+    refused(client.unpublish(&mounted.id, &mounted.target).await, Code::Aborted);
+    drop(held);
+    run("umount", &[&foreign]);
+    client.remove(&mounted).await;
+    client.remove(&other).await;
+    lab.assert_clean();
+}
+
+/// > Sizes are honoured or refused: nothing is rounded down, nothing is promised that can't be kept.
+#[tokio::test]
+async fn impossible_sizes_are_refused() {
+    skip_unless!(is_root(), "needs root");
+    let (lab, client) = Lab::on("xfs", 4 * GI).await;
+    let with = |required_bytes, limit_bytes, usage: &Use| {
+        let mut request = Client::request("a", 0, usage);
+        request.capacity_range = Some(csi::CapacityRange { required_bytes, limit_bytes });
+        request
+    };
+    let any = Use::default();
+    for (request, code) in [
+        (with(0, 0, &any), Code::InvalidArgument),
+        (with(-1, 0, &any), Code::InvalidArgument),
+        (with(2 * GI, GI, &any), Code::InvalidArgument),
+        (with(1, 0, &any), Code::OutOfRange),
+        (with(16 * MI - 4096, 0, &any), Code::OutOfRange),
+        (with(200 * MI, 0, &Use::fs("xfs")), Code::OutOfRange),
+        (with(GI + 1, GI + 2, &any), Code::OutOfRange),
+        (with(i64::MAX, 0, &any), Code::OutOfRange),
+        (with(5 * GI, 0, &any), Code::ResourceExhausted),
+        (with(1 << 60, 0, &any), Code::ResourceExhausted),
+    ] {
+        refused(client.try_create(request).await, code);
+        lab.assert_clean();
+    }
+    let exact = client.try_create(with(GI, GI, &any)).await.unwrap();
+    assert_eq!(exact.capacity_bytes, GI);
+    client.delete(&exact.volume_id).await.unwrap();
+    // No size at all: the default. An odd one: the next multiple of a block.
+    let mut request = Client::request("b", 0, &any);
+    request.capacity_range = None;
+    let default = client.try_create(request).await.unwrap();
+    assert_eq!(default.capacity_bytes, GI);
+    let odd = client.try_create(Client::request("c", 400 * MI + 1, &any)).await.unwrap();
+    assert_eq!(odd.capacity_bytes, 400 * MI + 4096);
+    for id in [default.volume_id, odd.volume_id] {
+        client.delete(&id).await.unwrap();
+    }
+    // Nor is a place promised where this node is not.
+    let mut request = Client::request("d", GI, &any);
+    let elsewhere = csi::Topology { segments: map(&[("topology.berth.dev/node", "node-b")]) };
+    request.accessibility_requirements =
+        Some(csi::TopologyRequirement { requisite: vec![elsewhere.clone()], preferred: Vec::new() });
+    refused(client.try_create(request).await, Code::ResourceExhausted);
+    let request = csi::GetCapacityRequest { accessible_topology: Some(elsewhere), ..Default::default() };
+    assert_eq!(client.controller.clone().get_capacity(request).await.unwrap().into_inner().available_capacity, 0);
+    lab.assert_clean();
+}
+
+/// > A damaged descriptor makes its own volume abnormal, and no other.
+#[tokio::test]
+async fn a_damaged_descriptor_harms_its_own_volume_only() {
+    skip_unless!(is_root(), "needs root");
+    let (mut lab, client) = Lab::on("xfs", 8 * GI).await;
+    let good = client.make_and_mount(&lab, "good", GI, &Use::default()).await;
+    let bad = client.create("bad", GI, &Use::default()).await;
+    let descriptor = lab.pool().join("volumes").join(&bad).join("volume.json");
+    let right = read(&descriptor);
+    for damage in [&b""[..], b"{", b"\0\0\0\0", b"{\"version\": 2}", &right[..right.len() / 2]] {
+        std::fs::write(&descriptor, damage).unwrap();
+        let client = lab.restart().await;
+        assert_eq!(client.health(&bad).await.unwrap(), ["DescriptorDamaged"]);
+        assert_eq!(client.health(&good.id).await.unwrap(), [""; 0]);
+        let message = refused(client.stage(&bad, &lab.staging("bad"), &Use::default()).await, Code::Internal);
+        assert!(message.contains("volume.json"), "{message}");
+        refused(client.try_create(Client::request("bad", GI, &Use::default())).await, Code::Internal);
+        assert_eq!(client.list().await.len(), 2);
+        let unwell = csi::ControllerListVolumeHealthRequest::default();
+        let unwell = client.controller.clone().controller_list_volume_health(unwell).await.unwrap().into_inner();
+        assert_eq!(unwell.entries.len(), 1);
+        assert_eq!(unwell.entries[0].volume_id, bad);
+        write(good.file("f"), "works");
+        let more = client.create("more", GI, &Use::default()).await;
+        client.delete(&more).await.unwrap();
+        // Its bytes are still promised.
+        assert!(client.capacity().await.available_capacity < 6 * GI);
+    }
+    // Put right by hand, it is well again.
+    std::fs::write(&descriptor, &right).unwrap();
+    let client = lab.restart().await;
+    assert_eq!(client.health(&bad).await.unwrap(), [""; 0]);
+    // The descriptor of another volume: a person has to look.
+    std::fs::copy(lab.pool().join("volumes").join(&good.id).join("volume.json"), &descriptor).unwrap();
+    refused(client.delete(&bad).await, Code::Internal);
+    // No descriptor at all: the orchestrator may still be rid of it.
+    std::fs::remove_file(&descriptor).unwrap();
+    client.delete(&bad).await.unwrap();
+    client.remove(&good).await;
+    lab.assert_clean();
+}
+
+/// > An image that vanished is reported as data loss; what is left of its volume can still be taken away.
+#[tokio::test]
+async fn a_vanished_image_is_reported_and_can_be_taken_away() {
+    skip_unless!(is_root(), "needs root");
+    let (lab, client) = Lab::on("xfs", 8 * GI).await;
+    let mounted = client.make_and_mount(&lab, "a", GI, &Use::default()).await;
+    let second = client.create("b", GI, &Use::default()).await;
+    let image = |id: &str| lab.pool().join("volumes").join(id).join("image");
+    std::fs::remove_file(image(&mounted.id)).unwrap();
+    std::fs::File::options().write(true).open(image(&second)).unwrap().set_len(4096).unwrap();
+    assert_eq!(client.health(&mounted.id).await.unwrap(), ["ImageMissing"]);
+    assert_eq!(client.health(&second).await.unwrap(), ["ImageTruncated"]);
+    refused(client.stage(&mounted.id, &lab.staging("x"), &Use::default()).await, Code::Internal);
+    client.unmount(&mounted).await;
+    assert_eq!(lab.mounts(), Vec::<String>::new());
+    client.delete(&mounted.id).await.unwrap();
+    client.delete(&second).await.unwrap();
+    lab.assert_clean();
+}
+
+/// > A blank volume is formatted once; what holds anything is never formatted.
+#[tokio::test]
+async fn only_what_is_positively_blank_is_formatted() {
+    skip_unless!(is_root(), "needs root");
+    let (lab, client) = Lab::on("xfs", 4 * GI).await;
+    let id = client.create("a", GI, &Use::default()).await;
+    let image = lab.pool().join("volumes").join(&id).join("image");
+    let file = std::fs::File::options().write(true).open(&image).unwrap();
+    std::os::unix::fs::FileExt::write_all_at(&file, b"somebody's data", 500 << 20).unwrap();
+    file.sync_all().unwrap();
+    let message = refused(client.stage(&id, &lab.staging("a"), &Use::default()).await, Code::FailedPrecondition);
+    assert!(message.contains("not formatting"), "{message}");
+    let mut bytes = [0; 15];
+    std::os::unix::fs::FileExt::read_exact_at(&std::fs::File::open(&image).unwrap(), &mut bytes, 500 << 20).unwrap();
+    assert_eq!(&bytes, b"somebody's data");
+    lab.assert_no_places();
+    client.delete(&id).await.unwrap();
+    // A file system that can't be mounted is an error, not a reason for a new one.
+    let mounted = client.make_and_mount(&lab, "b", GI, &Use::fs("ext4")).await;
+    client.unmount(&mounted).await;
+    let image = lab.pool().join("volumes").join(&mounted.id).join("image");
+    let file = std::fs::File::options().write(true).open(&image).unwrap();
+    std::os::unix::fs::FileExt::write_all_at(&file, &[0; 8192], 0).unwrap();
+    file.sync_all().unwrap();
+    let message = refused(client.stage(&mounted.id, &mounted.staging, &Use::default()).await, Code::Internal);
+    assert!(message.contains("ext4"), "{message}");
+    let mut bytes = [1; 8192];
+    std::os::unix::fs::FileExt::read_exact_at(&std::fs::File::open(&image).unwrap(), &mut bytes, 0).unwrap();
+    assert_eq!(bytes, [0; 8192]);
+    client.delete(&mounted.id).await.unwrap();
+    lab.assert_clean();
+}
+
+/// > A pool that is missing, read-only or full is reported, gives no room, and is used again when it is back.
+#[tokio::test]
+async fn a_pool_may_be_missing_read_only_or_full() {
+    skip_unless!(is_root(), "needs root");
+    let mut lab = Lab::without_driver("xfs", 4 * GI);
+    let pool = lab.pool().to_str().unwrap().to_owned();
+    run("umount", &[&pool]);
+    // The disk is not mounted: the directory below lies on the root disk, or is not there at all.
+    let client = lab.start().await;
+    assert_eq!(client.storage_health().await.len(), 1);
+    assert_eq!(client.capacity().await.available_capacity, 0);
+    refused(client.try_create(Client::request("a", GI, &Use::default())).await, Code::ResourceExhausted);
+    std::fs::remove_dir(&pool).unwrap();
+    assert_eq!(client.storage_health().await, ["PoolMissing"]);
+    refused(client.try_create(Client::request("a", GI, &Use::default())).await, Code::ResourceExhausted);
+    lab.mount_pool("pool");
+    assert_eq!(client.storage_health().await, [""; 0]);
+    let id = client.create("a", GI, &Use::default()).await;
+    run("umount", &[&pool]);
+    refused(client.delete(&id).await, Code::Unavailable);
+    refused(client.stage(&id, &lab.staging("a"), &Use::default()).await, Code::Unavailable);
+    run("mount", &["-o", "loop,ro", lab.path("pool.img").to_str().unwrap(), &pool]);
+    assert_eq!(client.storage_health().await, ["PoolReadOnly"]);
+    assert_eq!(client.health(&id).await.unwrap(), ["PoolReadOnly"]);
+    refused(client.try_create(Client::request("b", GI, &Use::default())).await, Code::ResourceExhausted);
+    refused(client.delete(&id).await, Code::ResourceExhausted);
+    run("umount", &[&pool]);
+    lab.mount_pool("pool");
+    // Full by somebody else's hand: refused, and nothing half-made stays.
+    let before = client.capacity().await.available_capacity;
+    run("fallocate", &["-l", &(before - 100 * MI).to_string(), &format!("{pool}/stranger")]);
+    refused(client.try_create(Client::request("b", GI, &Use::default())).await, Code::ResourceExhausted);
+    assert_eq!(lab.entries("volumes").len(), 1);
+    assert_eq!(lab.entries("tmp").len(), 0);
+    std::fs::remove_file(format!("{pool}/stranger")).unwrap();
+    client.delete(&id).await.unwrap();
+    lab.assert_clean();
+}
+
+/// > On the root disk there is no room unless the configuration says `fallback: root`.
+#[tokio::test]
+async fn the_root_disk_is_used_only_where_the_admin_says_so() {
+    skip_unless!(is_root(), "needs root");
+    let mut lab = Lab::bare();
+    let probe = Path::new("/var/tmp");
+    let same = |path: &Path| std::os::unix::fs::MetadataExt::dev(&std::fs::metadata(path).unwrap());
+    skip_unless!(same(probe) == same(Path::new("/")), "/var/tmp is not on the root disk");
+    let dir = tempfile::Builder::new().prefix("berth-").tempdir_in(probe).unwrap();
+    lab.config.pool = format!("{{name: main, path: {}}}", dir.path().display());
+    let client = lab.start().await;
+    assert_eq!(client.capacity().await.available_capacity, 0);
+    assert_eq!(client.storage_health().await, ["PoolOnRootDisk"]);
+    let message = refused(client.try_create(Client::request("a", GI, &Use::default())).await, Code::ResourceExhausted);
+    assert!(message.contains("fallback: root"), "{message}");
+    assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
+
+    lab.config.pool = format!("{{name: main, path: {}, cap: 64Mi, fallback: root}}", dir.path().display());
+    let client = lab.restart().await;
+    assert_eq!(client.storage_health().await, [""; 0]);
+    assert_eq!(client.capacity().await.available_capacity, 64 * MI);
+    refused(client.try_create(Client::request("a", 65 * MI, &Use::default())).await, Code::ResourceExhausted);
+    let mounted = client.make_and_mount(&lab, "a", 64 * MI, &Use::default()).await;
+    write(mounted.file("f"), "x");
+    client.remove(&mounted).await;
+    assert_eq!(client.capacity().await.available_capacity, 64 * MI);
+}
+
+/// > An unstaging that never came does not stand in the way of the next volume at that path.
+#[tokio::test]
+async fn a_forgotten_unstaging_is_made_up_for() {
+    skip_unless!(is_root(), "needs root");
+    let (mut lab, client) = Lab::on("xfs", 8 * GI).await;
+    let first = client.make_and_mount(&lab, "a", GI, &Use::default()).await;
+    write(first.file("f"), "a's");
+    client.unpublish(&first.id, &first.target).await.unwrap();
+    let client = lab.restart().await;
+    // Another volume at the same path.
+    let second = client.create("b", GI, &Use::default()).await;
+    client.stage(&second, &first.staging, &Use::default()).await.unwrap();
+    client.publish(&second, &first.staging, &first.target, &Use::default()).await.unwrap();
+    write(first.file("f"), "b's");
+    // The late call for the first one does not harm the second.
+    client.unstage(&first.id, &first.staging).await.unwrap();
+    refused(client.unpublish(&first.id, &first.target).await, Code::FailedPrecondition);
+    assert_eq!(read(first.file("f")), b"b's");
+    // The first one elsewhere, while it was never unstaged either.
+    let elsewhere = client.mount(&lab, &first.id, "elsewhere", &Use::default()).await;
+    assert_eq!(read(elsewhere.file("f")), b"a's");
+    assert_eq!(lab.loops().len(), 2, "never two devices on one image");
+    client.unpublish(&second, &first.target).await.unwrap();
+    client.unstage(&second, &first.staging).await.unwrap();
+    client.delete(&second).await.unwrap();
+    client.remove(&elsewhere).await;
+    lab.assert_clean();
+}
+
+/// > The same call twice at once ends in one volume and no error but "try again".
+#[tokio::test]
+async fn the_same_call_many_times_at_once_does_it_once() {
+    skip_unless!(is_root(), "needs root");
+    let (lab, client) = Lab::on("xfs", 8 * GI).await;
+    let tolerate = |result: Result<(), tonic::Status>| match result {
+        Ok(()) => 1,
+        Err(status) => {
+            assert_eq!(status.code(), Code::Aborted, "{status}");
+            0
+        }
+    };
+    for round in 0..3 {
+        let name = format!("v{round}");
+        let (staging, target) = (lab.staging(&name), lab.target(&name));
+        let id = client.create(&name, GI, &Use::default()).await;
+        for step in 0..6 {
+            let mut calls = tokio::task::JoinSet::new();
+            for _ in 0..16 {
+                let (client, id, staging, target, name) =
+                    (client.clone(), id.clone(), staging.clone(), target.clone(), name.clone());
+                calls.spawn(async move {
+                    match step {
+                        0 => client.try_create(Client::request(&name, GI, &Use::default())).await.map(drop),
+                        1 => client.stage(&id, &staging, &Use::default()).await,
+                        2 => client.publish(&id, &staging, &target, &Use::default()).await,
+                        3 => client.unpublish(&id, &target).await,
+                        4 => client.unstage(&id, &staging).await,
+                        _ => client.delete(&id).await,
+                    }
+                });
+            }
+            let mut done = 0;
+            while let Some(result) = calls.join_next().await {
+                done += tolerate(result.unwrap());
+            }
+            assert!(done > 0, "step {step}");
+            assert_eq!(lab.loops().len(), usize::from((1..4).contains(&step)), "step {step}");
+            assert_eq!(lab.mounts().len(), [0, 1, 2, 1, 0, 0][step], "step {step}");
+        }
+    }
+    lab.assert_clean();
+}
+
+/// > A program that hangs is killed at its deadline; until it is gone its volume is locked, and no other volume is.
+#[tokio::test]
+async fn a_mkfs_that_hangs_holds_its_own_volume_only() {
+    skip_unless!(is_root(), "needs root");
+    let mut lab = Lab::without_driver("xfs", 8 * GI);
+    lab.config.extra = "deadlines: {call: 1s, command: 4s, lock: 100ms}".to_owned();
+    let programs = lab.path("programs");
+    std::fs::create_dir(&programs).unwrap();
+    let mkfs = programs.join("mkfs.ext4");
+    std::fs::write(&mkfs, "#!/bin/sh\ntrap '' TERM INT HUP\nwhile true; do sleep 1; done\n").unwrap();
+    std::fs::set_permissions(&mkfs, std::fs::Permissions::from_mode(0o755)).unwrap();
+    #[expect(clippy::disallowed_methods, reason = "the driver's own PATH, with ours before it")]
+    let path = format!("{}:{}", programs.display(), std::env::var("PATH").unwrap());
+    lab.environment.push(("PATH".to_owned(), path));
+    let client = lab.start().await;
+
+    let usage = Use::fs("ext4");
+    let id = client.create("hangs", GI, &usage).await;
+    let staging = lab.staging("hangs");
+    let begun = Instant::now();
+    refused(client.stage(&id, &staging, &usage).await, Code::DeadlineExceeded);
+    // The caller was told in time; the work goes on, and owns the lock.
+    refused(client.stage(&id, &staging, &usage).await, Code::Aborted);
+    refused(client.delete(&id).await, Code::Aborted);
+    let other = client.make_and_mount(&lab, "other", GI, &Use::fs("xfs")).await;
+    write(other.file("f"), "works");
+    client.remove(&other).await;
+    assert!(begun.elapsed() < Duration::from_secs(4), "too slow a machine to tell");
+
+    let end = begun + Duration::from_secs(30);
+    std::fs::remove_file(&mkfs).unwrap();
+    loop {
+        match client.stage(&id, &staging, &usage).await {
+            Ok(()) => break,
+            Err(status) => assert!([Code::Aborted, Code::DeadlineExceeded].contains(&status.code()), "{status}"),
+        }
+        assert!(Instant::now() < end);
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    assert!(begun.elapsed() > Duration::from_secs(4));
+    client.publish(&id, &staging, &lab.target("a"), &usage).await.unwrap();
+    write(format!("{}/f", lab.target("a")), "works");
+    client.unpublish(&id, &lab.target("a")).await.unwrap();
+    client.unstage(&id, &staging).await.unwrap();
+    client.delete(&id).await.unwrap();
+    lab.assert_clean();
+}
+
+/// > A caller that leaves does not stop the work, and does not free the volume under it.
+#[tokio::test]
+async fn a_cancelled_call_is_finished_all_the_same() {
+    skip_unless!(is_root(), "needs root");
+    let (lab, client) = Lab::on("xfs", 8 * GI).await;
+    for round in 0..12_u64 {
+        let name = format!("v{round}");
+        let id = client.create(&name, GI, &Use::default()).await;
+        let staging = lab.staging(&name);
+        // Cancelled at another point each time.
+        let call = tokio::spawn({
+            let (client, id, staging) = (client.clone(), id.clone(), staging.clone());
+            async move { client.stage(&id, &staging, &Use::default()).await }
+        });
+        tokio::time::sleep(Duration::from_millis(round * 4)).await;
+        call.abort();
+        let mut tries = 0;
+        while let Err(status) = client.stage(&id, &staging, &Use::default()).await {
+            assert_eq!(status.code(), Code::Aborted, "{status}");
+            tries += 1;
+            assert!(tries < 50);
+        }
+        assert_eq!(lab.loops().len(), 1);
+        client.unstage(&id, &staging).await.unwrap();
+        client.delete(&id).await.unwrap();
+    }
+    lab.assert_clean();
+}
