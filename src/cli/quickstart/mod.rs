@@ -14,7 +14,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, anyhow, bail};
 use clap::Args;
 use tokio::signal::unix::{SignalKind, signal};
 
@@ -60,7 +60,7 @@ pub async fn run(arguments: QuickstartArguments) -> Result<()> {
     }
     if let Some(folder) = &arguments.end {
         let work = Work::open(folder)?;
-        clean(&work).await.with_context(|| what_is_left(&work))?;
+        clean(&work).await.map_err(|error| still_there(&work, &error))?;
         super::say(&format!("{} and all that belonged to it are gone", work.folder().display()));
         return Ok(());
     }
@@ -81,13 +81,14 @@ pub async fn run(arguments: QuickstartArguments) -> Result<()> {
         return Ok(());
     }
     let last_words = work.last_words(LAST_LINES);
-    let cleaned = clean(&work).await.with_context(|| what_is_left(&work));
+    let cleaned = clean(&work).await.map_err(|error| still_there(&work, &error));
     report.print();
     if let Err(error) = result {
         if let Err(error) = &cleaned {
             let _ = writeln!(std::io::stderr(), "berth: {error:#}");
         }
-        if !last_words.is_empty() {
+        let interrupted = report.stop.load(Ordering::Relaxed);
+        if !interrupted && !last_words.is_empty() {
             let _ = write!(std::io::stderr(), "the driver's last words:\n{last_words}");
         }
         return Err(error);
@@ -95,9 +96,9 @@ pub async fn run(arguments: QuickstartArguments) -> Result<()> {
     cleaned
 }
 
-fn what_is_left(work: &Work) -> String {
+fn still_there(work: &Work, error: &anyhow::Error) -> anyhow::Error {
     let folder = work.folder().display();
-    format!("cannot clean up: what is left is in {folder}, and `berth quickstart --end {folder}` tries again")
+    anyhow!("cannot clean up {folder}: {error:#}\ntry again with `berth quickstart --end {folder}`")
 }
 
 fn how_to_look_around(state: &State, work: &Work) -> String {
@@ -121,7 +122,8 @@ fn stop_on_signals(work: &Work) -> Result<Arc<AtomicBool>> {
     let mut terminate = signal(SignalKind::terminate())?;
     let mut hangup = signal(SignalKind::hangup())?;
     let stop = Arc::new(AtomicBool::new(false));
-    let (stopped, left) = (stop.clone(), what_is_left(work));
+    let left = format!("ending at once: `berth quickstart --end {}` takes the rest away", work.folder().display());
+    let stopped = stop.clone();
     tokio::spawn(async move {
         for words in ["interrupted: cleaning up".to_owned(), left] {
             tokio::select! {
