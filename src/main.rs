@@ -45,6 +45,8 @@ fn run(arguments: Arguments) -> anyhow::Result<()> {
             println!("{} is right", file.display());
             Ok(())
         }
+        Command::Volume(arguments) => runtime.block_on(cli::volume::run(arguments)),
+        Command::Quickstart(arguments) => runtime.block_on(cli::quickstart::run(arguments)),
     }
 }
 

@@ -1,7 +1,13 @@
 //! The commands that a person types.
 
+mod client;
+mod kubelet;
+pub mod quickstart;
 pub mod serve;
+mod table;
+pub mod volume;
 
+use std::io::Write;
 use std::path::PathBuf;
 
 use clap::{Parser, Subcommand};
@@ -27,6 +33,10 @@ pub enum Command {
     /// Look at a configuration file.
     #[command(subcommand)]
     Config(ConfigCommand),
+    /// Make, mount, grow and delete volumes by hand, over a driver's socket.
+    Volume(volume::VolumeArguments),
+    /// See all of it work on this machine, without Kubernetes, and take it away again. Needs root.
+    Quickstart(quickstart::QuickstartArguments),
 }
 
 /// What to do with a configuration file.
@@ -37,4 +47,11 @@ pub enum ConfigCommand {
         /// The YAML file.
         file: PathBuf,
     },
+}
+
+/// Prints lines, unless there are none or nobody listens any more (`berth volume list | head -1`).
+fn say(text: &str) {
+    if !text.is_empty() {
+        let _ = writeln!(std::io::stdout(), "{text}");
+    }
 }

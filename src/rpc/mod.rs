@@ -12,3 +12,4 @@ mod reply;
 mod status;
 
 pub use call::Front;
+pub(crate) use status::name as code_name;

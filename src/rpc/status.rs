@@ -31,7 +31,7 @@ pub(super) fn status(error: &Error) -> Status {
 }
 
 /// The code's name as the metrics and the specification write it.
-pub(super) fn name(code: Code) -> &'static str {
+pub(crate) fn name(code: Code) -> &'static str {
     match code {
         Code::Ok => "OK",
         Code::Cancelled => "CANCELLED",
