@@ -170,7 +170,7 @@ async fn every_step_of_every_call_may_be_the_last() {
         "CreateVolume",
         async |client, _| client.try_create(Client::request("created", GI, &Use::default())).await,
         async |lab, client, _, volume| {
-            assert_eq!(lab.entries("volumes"), [volume.volume_id.clone()]);
+            assert_eq!(lab.entries("volumes"), std::slice::from_ref(&volume.volume_id));
             assert_eq!(lab.entries("tmp"), [""; 0]);
             assert_eq!(client.capacity().await.available_capacity, 11 * GI);
             client.delete(&volume.volume_id).await.unwrap();
@@ -275,7 +275,7 @@ async fn every_step_of_every_call_may_be_the_last() {
         "CreateSnapshot",
         async |client, _| client.snapshot(&mounted.id, "s").await,
         async |lab, client, _, snapshot| {
-            assert_eq!(lab.entries("snapshots"), [snapshot.snapshot_id.clone()]);
+            assert_eq!(lab.entries("snapshots"), std::slice::from_ref(&snapshot.snapshot_id));
             assert_eq!(client.capacity().await.available_capacity, 12 * GI - 2 * size);
             client.delete_snapshot(&snapshot.snapshot_id).await.unwrap();
         },

