@@ -57,7 +57,7 @@ impl Lab {
 
     /// Where the file system is mounted.
     pub(crate) fn disk(&self) -> PathBuf {
-        self.path("disk")
+        self.path("pool-disk")
     }
 
     /// A path beside it.
