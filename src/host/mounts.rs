@@ -11,7 +11,7 @@ use rustix::fs::{AtFlags, StatVfsMountFlags, Statx, StatxAttributes, StatxFlags}
 use rustix::io::Errno;
 use rustix::mount::{MoveMountFlags, OpenTreeFlags, UnmountFlags};
 
-use super::paths;
+use super::{busy, paths};
 use crate::error::{Context, Error, ErrorKind, Result};
 
 /// What is at a path, held open so that it stays what it was.
@@ -143,7 +143,8 @@ pub fn ensure_unmounted(path: &Path) -> Result<()> {
     let Some((parent, name)) = paths::open_parent(path)? else { return Ok(()) };
     let target = paths::of_fd(&parent).join(name);
     loop {
-        match rustix::mount::unmount(&target, UnmountFlags::NOFOLLOW) {
+        let unmount = || rustix::mount::unmount(&target, UnmountFlags::NOFOLLOW);
+        match busy::settle(unmount, |result| *result == Err(Errno::BUSY)) {
             Ok(()) => {}
             Err(Errno::INVAL | Errno::NOENT) => return Ok(()),
             Err(Errno::BUSY) => {
