@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 
 use rustix::io::Errno;
 
+use super::busy;
 use crate::error::{Context, Error, Result};
 
 /// LOOP_CONFIGURE may lose a race for a free device so many times before we give up.
@@ -145,7 +146,7 @@ impl LoopDevice {
     }
 
     /// Is an image still attached?
-    pub fn is_held(&self) -> Result<bool> {
+    fn is_held(&self) -> Result<bool> {
         Ok(self.backing()?.is_some())
     }
 
@@ -175,6 +176,13 @@ impl LoopDevice {
             Ok(_) | Err(Errno::NXIO) => Ok(()),
             Err(error) => Err(Error::io(format!("cannot detach {}", self.path.display()), error)),
         }
+    }
+
+    /// Detaches the image now. `false`: somebody else holds the device open, and it goes when they close it.
+    pub fn detach_now(&self) -> Result<bool> {
+        // Each time anew: it is detached at once only for the last one who has it open, which has to be us.
+        let detach = || self.detach().and_then(|()| self.is_held());
+        busy::settle(detach, |held| matches!(held, Ok(true))).map(|held| !held)
     }
 
     /// Best effort: sysfs may be read-only. The pool's books hold without it.

@@ -3,6 +3,7 @@
 //! Nothing here knows CSI, volumes' ids or gRPC. All `unsafe` code of the local side is in this folder, and programs
 //! are started by `command` only.
 
+mod busy;
 pub mod command;
 pub mod files;
 pub mod filesystem;

@@ -11,7 +11,7 @@ use rustix::fs::{AtFlags, StatVfsMountFlags, Statx, StatxAttributes, StatxFlags}
 use rustix::io::Errno;
 use rustix::mount::{MoveMountFlags, OpenTreeFlags, UnmountFlags};
 
-use super::paths;
+use super::{busy, paths};
 use crate::error::{Context, Error, ErrorKind, Result};
 
 /// What is at a path, held open so that it stays what it was.
@@ -143,7 +143,8 @@ pub fn ensure_unmounted(path: &Path) -> Result<()> {
     let Some((parent, name)) = paths::open_parent(path)? else { return Ok(()) };
     let target = paths::of_fd(&parent).join(name);
     loop {
-        match rustix::mount::unmount(&target, UnmountFlags::NOFOLLOW) {
+        let unmount = || rustix::mount::unmount(&target, UnmountFlags::NOFOLLOW);
+        match busy::settle(unmount, |result| *result == Err(Errno::BUSY)) {
             Ok(()) => {}
             Err(Errno::INVAL | Errno::NOENT) => return Ok(()),
             Err(Errno::BUSY) => {
@@ -168,12 +169,9 @@ pub fn ensure_gone(path: &Path) -> Result<()> {
 pub fn binds_of(path: &Path) -> Result<Vec<PathBuf>> {
     let Some(place) = Place::at(path)? else { return Ok(Vec::new()) };
     let table = table()?;
-    let Some(this) = table.iter().find(|mount| u64::try_from(mount.mnt_id) == Ok(place.stat.stx_mnt_id)) else {
-        return Ok(Vec::new());
-    };
-    let same =
-        |mount: &&MountInfo| mount.mnt_id != this.mnt_id && mount.majmin == this.majmin && mount.root == this.root;
-    Ok(table.iter().filter(same).map(|mount| mount.mount_point.clone()).collect())
+    let id = place.stat.stx_mnt_id.to_string();
+    let Some(this) = lines(&table).find(|line| line.id == id) else { return Ok(Vec::new()) };
+    places(&table, |line| line.id != id && line.device == this.device && line.root == this.root)
 }
 
 /// Where a block device's file system is mounted, or the device itself is shown. Reads the whole mount table.
@@ -184,15 +182,38 @@ pub fn users_of_device(device: &Path) -> Result<Vec<PathBuf>> {
     // A bound device file is a mount of devtmpfs whose root is the file.
     let devices = format!("{}:{}", rustix::fs::major(place.device()), rustix::fs::minor(place.device()));
     let file = device.file_name().map(|name| format!("/{}", name.to_string_lossy())).unwrap_or_default();
-    let uses = |mount: &MountInfo| mount.majmin == filesystem || (mount.majmin == devices && mount.root == file);
-    Ok(table()?.into_iter().filter(uses).map(|mount| mount.mount_point).collect())
+    places(&table()?, |line| line.device == filesystem || (line.device == devices && line.root == file))
 }
 
-fn table() -> Result<Vec<MountInfo>> {
-    procfs::process::Process::myself()
-        .and_then(|me| me.mountinfo())
-        .map(|table| table.0)
-        .map_err(|error| Error::caused(ErrorKind::Internal, "cannot read the mount table", error))
+/// The first fields of a line of the mount table. A node may have thousands of lines: only what fits is parsed whole.
+struct Line<'a> {
+    id: &'a str,
+    device: &'a str,
+    root: &'a str,
+    whole: &'a str,
+}
+
+fn lines(table: &str) -> impl Iterator<Item = Line<'_>> {
+    table.lines().filter_map(|whole| {
+        let mut fields = whole.split(' ');
+        let id = fields.next()?;
+        Some(Line { id, device: fields.nth(1)?, root: fields.next()?, whole })
+    })
+}
+
+/// The mount points of the lines that fit.
+fn places(table: &str, fits: impl Fn(&Line<'_>) -> bool) -> Result<Vec<PathBuf>> {
+    let parse = |line: Line<'_>| {
+        let parsed = MountInfo::from_line(line.whole);
+        parsed.map(|mount| mount.mount_point).map_err(|error| {
+            Error::caused(ErrorKind::Internal, format!("cannot parse {:?} of the mount table", line.whole), error)
+        })
+    };
+    lines(table).filter(|line| fits(line)).map(parse).collect()
+}
+
+fn table() -> Result<String> {
+    std::fs::read_to_string("/proc/self/mountinfo").context(|| "cannot read the mount table".to_owned())
 }
 
 /// mount_setattr(2), Linux 5.12.
@@ -215,4 +236,21 @@ fn set_read_only(tree: &OwnedFd) -> rustix::io::Result<()> {
         return Ok(());
     }
     Err(Errno::from_raw_os_error(std::io::Error::last_os_error().raw_os_error().unwrap_or(libc::EIO)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_the_mounts_that_fit_are_parsed_and_found() {
+        let table = "21 1 254:0 / / rw,relatime - ext4 /dev/vda rw\n\
+                     40 21 7:3 / /pods/one rw,relatime shared:1 - xfs /dev/loop3 rw,attr2\n\
+                     no line of a mount table\n\
+                     41 21 0:5 /loop3 /pods/block rw master:2 - devtmpfs devtmpfs rw\n\
+                     42 21 7:3 /sub /pods/two ro,relatime - xfs /dev/loop3 rw\n";
+        let found = places(table, |line| line.device == "7:3" || (line.device == "0:5" && line.root == "/loop3"));
+        assert_eq!(found.unwrap(), ["/pods/one", "/pods/block", "/pods/two"].map(PathBuf::from));
+        assert!(places(table, |line| line.id == "no").is_err());
+    }
 }

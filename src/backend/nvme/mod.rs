@@ -194,8 +194,7 @@ impl Nvme {
         if let Some(place) = mounts::users_of_device(&device.path)?.first() {
             fail!(Precondition, "{id} is in use at {}: unpublish and unstage it first", place.display());
         }
-        device.detach()?;
-        if device.is_held()? {
+        if !device.detach_now()? {
             fail!(Precondition, "{id} is in use: a process holds {} open", device.path.display());
         }
         Ok(())
