@@ -73,17 +73,22 @@ impl Controller for Nvme {
         Some(self)
     }
     fn cloning(&self) -> Option<&dyn Cloning> {
-        self.any_reflink().then_some(self as _)
+        Some(self)
     }
     fn snapshots(&self) -> Option<&dyn Snapshots> {
-        self.any_reflink().then_some(self as _)
+        Some(self)
     }
 }
 
 impl Nvme {
-    /// Snapshots and clones share blocks; full copies of a disk would take minutes and are not offered.
-    fn any_reflink(&self) -> bool {
-        self.pools.iter().any(|pool| pool.state().is_ok() && pool.has_reflink().unwrap_or(false))
+    /// Snapshots and clones share blocks; full copies of a disk would take minutes and are not offered. They are
+    /// advertised all the same: every instance of a driver has to say the same, and a sidecar that asks while the
+    /// pool's disk is missing would never ask again.
+    pub(super) fn check_reflink(&self, pool: &Pool) -> Result<()> {
+        if !pool.has_reflink()? {
+            fail!(Precondition, "pool {} has no snapshots and clones: its file system has no reflink", pool.name());
+        }
+        Ok(())
     }
 
     /// Makes a volume, empty or from an image, or finds it and compares.
@@ -333,6 +338,7 @@ impl Cloning for Nvme {
         let Some(located) = self.locate(Sort::Volume, source.as_str())? else {
             fail!(NotFound, "the source volume {source} does not exist");
         };
+        self.check_reflink(located.pool)?;
         let descriptor = VolumeDescriptor::read(&located.folder)?;
         self.sync_users(&located)?;
         let origin = Origin {
