@@ -91,6 +91,14 @@ impl Nvme {
         Ok(())
     }
 
+    /// A copy is made where its source lies. The scheduler can't know where that is; `Exhausted` makes it choose again.
+    pub(super) fn check_source_here(&self, sort: Sort, source: &str) -> Result<()> {
+        if self.is_ours(sort, source) == Some(false) {
+            fail!(Exhausted, "{source} lies on another node, and a volume can be made from it only there");
+        }
+        Ok(())
+    }
+
     /// Makes a volume, empty or from an image, or finds it and compares.
     pub(super) fn ensure_made(
         &self,
@@ -335,6 +343,7 @@ impl Capacity for Nvme {
 
 impl Cloning for Nvme {
     fn ensure_clone(&self, id: &VolumeId, spec: &Spec, source: &VolumeId, _: &Secrets) -> Result<Volume> {
+        self.check_source_here(Sort::Volume, source.as_str())?;
         let Some(located) = self.locate(Sort::Volume, source.as_str())? else {
             fail!(NotFound, "the source volume {source} does not exist");
         };

@@ -83,6 +83,7 @@ impl Snapshots for Nvme {
     }
 
     fn ensure_restored(&self, id: &VolumeId, spec: &Spec, source: &SnapshotId, _: &Secrets) -> Result<Volume> {
+        self.check_source_here(Sort::Snapshot, source.as_str())?;
         let Some(located) = self.locate(Sort::Snapshot, source.as_str())? else {
             fail!(NotFound, "the source snapshot {source} does not exist");
         };
