@@ -2,6 +2,7 @@
 //!
 //! Nothing here knows what a volume is: `rpc` has the services.
 
+mod authority;
 mod http;
 mod registration;
 mod socket;

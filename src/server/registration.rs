@@ -9,11 +9,12 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::{Notify, watch};
+use tokio_stream::StreamExt;
 use tokio_stream::wrappers::UnixListenerStream;
 use tonic::transport::Server;
 use tonic::{Request, Response, Status};
 
-use super::{socket, wait};
+use super::{authority, socket, wait};
 use crate::config::Kubelet;
 use crate::error::{Error, ErrorKind, Result};
 use crate::proto::registration::registration_server::{Registration as Protocol, RegistrationServer};
@@ -54,9 +55,10 @@ impl Registration {
                     }
                 }
             };
+            let connections = UnixListenerStream::new(listener).map(|accepted| accepted.and_then(authority::replaced));
             let served = Server::builder()
                 .add_service(RegistrationServer::new(self.clone()))
-                .serve_with_incoming_shutdown(UnixListenerStream::new(listener), ended)
+                .serve_with_incoming_shutdown(connections, ended)
                 .await;
             drop(file);
             served.map_err(|error| {

@@ -96,6 +96,9 @@ impl AccessMode {
 }
 
 /// A mount option: one word, so that it can't smuggle in a second one.
+///
+/// The one exception is the SELinux label that kubelet adds where CSIDriver has `seLinuxMount`: it comes in quotes,
+/// since it may have commas (`context="system_u:object_r:container_file_t:s0:c15,c25"`). Here it has lost the quotes.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct MountFlag(String);
 
@@ -104,6 +107,11 @@ impl MountFlag {
     /// `Invalid` for an empty one, or one with a comma, white space, a quote or a control character.
     pub fn new(flag: impl Into<String>) -> Result<Self> {
         let flag = flag.into();
+        if let Some(label) = flag.strip_prefix("context=\"").and_then(|rest| rest.strip_suffix('"'))
+            && is_label(label)
+        {
+            return Ok(Self(format!("context={label}")));
+        }
         if flag.is_empty()
             || flag.chars().any(|c| c == ',' || c == '\\' || c == '"' || c.is_whitespace() || c.is_control())
         {
@@ -116,6 +124,12 @@ impl MountFlag {
     pub fn as_str(&self) -> &str {
         &self.0
     }
+}
+
+/// `user:role:type`, with SELinux' level of security where there is one.
+fn is_label(text: &str) -> bool {
+    let fits = |c: char| c.is_ascii_alphanumeric() || matches!(c, '_' | '-' | '.' | ':' | ',');
+    text.split(':').count() >= 3 && text.chars().all(fits)
 }
 
 /// What a new volume starts with.
@@ -259,6 +273,15 @@ mod tests {
             assert!(MountFlag::new(bad).is_err(), "{bad:?}");
         }
         assert!(MountFlag::new("data=ordered").is_ok());
+    }
+
+    #[test]
+    fn kubelets_selinux_label_keeps_its_commas_and_loses_its_quotes() {
+        let flag = MountFlag::new(r#"context="system_u:object_r:container_file_t:s0:c15,c25""#).unwrap();
+        assert_eq!(flag.as_str(), "context=system_u:object_r:container_file_t:s0:c15,c25");
+        for bad in [r#"context="a:b:c d""#, r#"context="a:b:c",suid"#, r#"context="a""#, r#"fscontext="a:b:c""#] {
+            assert!(MountFlag::new(bad).is_err(), "{bad}");
+        }
     }
 
     #[test]

@@ -35,6 +35,7 @@ func TestMain(m *testing.M) {
 
 type instance struct {
 	dir    string // no symlinks in it, as in the kernel's mount table
+	name   string // the driver's key in drivers
 	driver driver
 	exited chan struct{} // closed when the process has ended, for whatever reason
 	child  *exec.Cmd
@@ -74,8 +75,11 @@ func start(t *testing.T) *instance {
 	if err != nil {
 		t.Fatal(err)
 	}
-	i := &instance{dir: dir, driver: driver}
+	i := &instance{dir: dir, name: name, driver: driver}
 	t.Cleanup(func() { i.removeAll(t) })
+	if err := os.Mkdir(i.path("registry"), 0o750); err != nil {
+		t.Fatal(err)
+	}
 	pools := driver.setup(t, i)
 	config := i.path("berth.yaml")
 	if err := os.WriteFile(config, []byte(i.config(name, pools)), 0o600); err != nil {
@@ -92,8 +96,8 @@ log: {format: text, level: info}
 http: {address: "127.0.0.1:0"}
 %sdrivers:
   - {backend: %[2]s, name: %[2]s.csi.berth.dev, role: controller, socket: %[3]s}
-  - {backend: %[2]s, name: %[2]s.csi.berth.dev, role: node, socket: %[4]s}
-`, pools, backend, i.controllerSocket(), i.nodeSocket())
+  - {backend: %[2]s, name: %[2]s.csi.berth.dev, role: node, socket: %[4]s, kubelet: {registry: %[5]s}}
+`, pools, backend, i.controllerSocket(), i.nodeSocket(), i.path("registry"))
 }
 
 // serve starts berth and returns when both sockets accept connections.

@@ -73,17 +73,33 @@ impl Controller for Nvme {
         Some(self)
     }
     fn cloning(&self) -> Option<&dyn Cloning> {
-        self.any_reflink().then_some(self as _)
+        self.may_reflink().then_some(self as _)
     }
     fn snapshots(&self) -> Option<&dyn Snapshots> {
-        self.any_reflink().then_some(self as _)
+        self.may_reflink().then_some(self as _)
     }
 }
 
 impl Nvme {
-    /// Snapshots and clones share blocks; full copies of a disk would take minutes and are not offered.
-    fn any_reflink(&self) -> bool {
-        self.pools.iter().any(|pool| pool.state().is_ok() && pool.has_reflink().unwrap_or(false))
+    /// Snapshots and clones share blocks; full copies of a disk would take minutes and are not offered. A pool whose
+    /// disk is missing may have them when it comes: a sidecar asks once, and csi-snapshotter ends if the answer is no.
+    fn may_reflink(&self) -> bool {
+        self.pools.iter().any(|pool| pool.state().is_err() || pool.has_reflink().unwrap_or(true))
+    }
+
+    pub(super) fn check_reflink(&self, pool: &Pool) -> Result<()> {
+        if !pool.has_reflink()? {
+            fail!(Precondition, "pool {} has no snapshots and clones: its file system has no reflink", pool.name());
+        }
+        Ok(())
+    }
+
+    /// A copy is made where its source lies. The scheduler can't know where that is; `Exhausted` makes it choose again.
+    pub(super) fn check_source_here(&self, sort: Sort, source: &str) -> Result<()> {
+        if self.is_ours(sort, source) == Some(false) {
+            fail!(Exhausted, "{source} lies on another node, and a volume can be made from it only there");
+        }
+        Ok(())
     }
 
     /// Makes a volume, empty or from an image, or finds it and compares.
@@ -336,9 +352,11 @@ impl Capacity for Nvme {
 
 impl Cloning for Nvme {
     fn ensure_clone(&self, id: &VolumeId, spec: &Spec, source: &VolumeId, _: &Secrets) -> Result<Volume> {
+        self.check_source_here(Sort::Volume, source.as_str())?;
         let Some(located) = self.locate(Sort::Volume, source.as_str())? else {
             fail!(NotFound, "the source volume {source} does not exist");
         };
+        self.check_reflink(located.pool)?;
         let descriptor = VolumeDescriptor::read(&located.folder)?;
         self.sync_users(&located)?;
         let origin = Origin {

@@ -169,7 +169,9 @@ pub(super) fn mount_options(kind: Kind, flags: &[MountFlag], read_only: bool) ->
         let digits = |text: &str| !text.is_empty() && text.bytes().all(|b| b.is_ascii_digit());
         let allowed = WORDS.contains(&(kind, text))
             || value.is_some_and(|value| {
-                NUMBERS.contains(&(kind, key)) && digits(value)
+                // From kubelet (CSIDriver `seLinuxMount`); the kernel checks the label, and refuses it without SELinux.
+                key == "context"
+                    || NUMBERS.contains(&(kind, key)) && digits(value)
                     || SIZES.contains(&(kind, key)) && digits(value.trim_end_matches(['k', 'm', 'g']))
             });
         if !allowed {
@@ -225,7 +227,11 @@ mod tests {
         assert!(options.read_only);
         assert_eq!(options.attributes, [Attribute::NoAtime]);
         assert_eq!(options.parameters[1], ("commit".to_owned(), Some("30".to_owned())));
+        let labelled = mount_options(Kind::Xfs, &flags(&["context=\"u:r:t:s0:c1,c2\""]), false).unwrap();
+        assert_eq!(labelled.parameters[1], ("context".to_owned(), Some("u:r:t:s0:c1,c2".to_owned())));
         for (kind, bad) in [
+            (Kind::Ext4, "context"),
+            (Kind::Ext4, "fscontext=u:r:t"),
             (Kind::Ext4, "errors=panic"),
             (Kind::Ext4, "journal_path=/etc"),
             (Kind::Ext4, "commit=x"),

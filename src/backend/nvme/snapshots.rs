@@ -42,9 +42,7 @@ impl Snapshots for Nvme {
         let Some(located) = self.locate(Sort::Volume, source.as_str())? else {
             fail!(NotFound, "the source volume {source} does not exist");
         };
-        if !located.pool.has_reflink()? {
-            fail!(Unsupported, "pool {} has no snapshots: its file system has no reflink", located.pool.name());
-        }
+        self.check_reflink(located.pool)?;
         let volume = VolumeDescriptor::read(&located.folder)?;
         let fresh = SnapshotDescriptor::new(id.as_str(), name.as_str(), &volume);
         let path = located.image();
@@ -85,6 +83,7 @@ impl Snapshots for Nvme {
     }
 
     fn ensure_restored(&self, id: &VolumeId, spec: &Spec, source: &SnapshotId, _: &Secrets) -> Result<Volume> {
+        self.check_source_here(Sort::Snapshot, source.as_str())?;
         let Some(located) = self.locate(Sort::Snapshot, source.as_str())? else {
             fail!(NotFound, "the source snapshot {source} does not exist");
         };
