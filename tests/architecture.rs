@@ -77,7 +77,10 @@ fn each_unsafe_block_says_why_it_is_sound() {
 fn dependencies_point_one_way() {
     // A room, and the rooms that nothing in it may name.
     for (room, forbidden) in [
-        ("volume/", &["crate::backend", "crate::host", "crate::rpc", "crate::server", "crate::cli", "crate::config"][..]),
+        (
+            "volume/",
+            &["crate::backend", "crate::host", "crate::rpc", "crate::server", "crate::cli", "crate::config"][..],
+        ),
         ("host/", &["crate::backend", "crate::rpc", "crate::server", "crate::cli", "crate::config", "crate::volume"]),
         ("backend/", &["crate::rpc", "crate::server", "crate::cli", "crate::proto", "tokio"]),
         ("rpc/", &["backend::nvme", "crate::server", "crate::cli"]),

@@ -143,7 +143,7 @@ async fn a_volume_grows_while_it_is_used() {
     };
     refused(client.node.clone().node_expand_volume(request).await, Code::OutOfRange);
     let message = refused(client.expand(&mounted.id, &mounted.target, 100 * GI).await, Code::ResourceExhausted);
-    assert!(message.contains("bytes left"), "{message}");
+    assert!(message.contains("left, and"), "{message}");
     assert_eq!(read(mounted.file("f")), b"kept");
     let request = csi::ControllerGetVolumeRequest { volume_id: mounted.id.clone() };
     let found = client.controller.clone().controller_get_volume(request).await.unwrap();
@@ -304,6 +304,46 @@ async fn a_block_volume_is_a_device_that_grows() {
     client2.delete_snapshot(&snapshot.snapshot_id).await.unwrap();
     drop(client);
     lab.assert_clean();
+}
+
+/// > A block volume published read-only refuses writes, also those of a privileged program.
+#[tokio::test]
+async fn a_read_only_block_publication_refuses_writes() {
+    skip_unless!(is_root(), "needs root");
+    let (mut lab, client) = Lab::on("xfs", 8 * GI).await;
+    let usage = Use::block();
+    let mounted = client.make_and_mount(&lab, "a", GI, &usage).await;
+    let readers = [lab.target("reader-1"), lab.target("reader-2")];
+    for reader in &readers {
+        let mut request = Client::publication(&mounted.id, &mounted.staging, reader, &usage);
+        request.readonly = true;
+        for _ in 0..2 {
+            client.node.clone().node_publish_volume(request.clone()).await.unwrap();
+        }
+        assert_eq!(client.total(&mounted.id, reader).await.unwrap(), GI);
+    }
+    assert_eq!(lab.loops().len(), 1, "one device on the image; the readers' is on top of it");
+    let device_on_image = lab.loops().remove(0);
+    assert_eq!(common::loops_below(std::path::Path::new(&device_on_image)).len(), 1);
+    let device = std::fs::File::options().write(true).open(&mounted.target).unwrap();
+    device.write_all_at(&[9; 4096], 0).unwrap();
+    device.sync_all().unwrap();
+    drop(device);
+    let mut bytes = [0; 4096];
+    std::fs::File::open(&readers[0]).unwrap().read_exact_at(&mut bytes, 0).unwrap();
+    assert_eq!(bytes, [9; 4096]);
+    // The kernel lets it be opened for writing, and refuses the write.
+    let writer = std::fs::File::options().write(true).open(&readers[0]);
+    assert!(writer.and_then(|device| device.write_all_at(&[1; 4096], 0)).is_err());
+    assert_eq!(run("blockdev", &["--getro", &readers[0]]).trim(), "1");
+    let client = lab.restart().await;
+    client.unpublish(&mounted.id, &readers[0]).await.unwrap();
+    assert_eq!(client.expand(&mounted.id, &mounted.target, 2 * GI).await.unwrap(), 2 * GI);
+    assert_eq!(run("blockdev", &["--getsize64", &readers[1]]).trim(), (2 * GI).to_string());
+    client.unpublish(&mounted.id, &readers[1]).await.unwrap();
+    client.remove(&mounted).await;
+    lab.assert_clean();
+    assert_eq!(common::loops_below(std::path::Path::new(&device_on_image)), [""; 0]);
 }
 
 /// > An inline volume has the size asked for, is empty, and is gone with its pod, even if the driver died between.

@@ -7,7 +7,7 @@
 
 pub mod nvme;
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use crate::error::Result;
@@ -204,6 +204,20 @@ pub trait Node: Send + Sync {
 
     /// Is what is at this path, as file system or device, this very volume?
     fn is_at(&self, id: &VolumeId, path: &Path) -> Result<bool>;
+
+    /// The path of a device that shows the one staged at `staged`, and refuses writes: a device can be written through
+    /// a read-only mount.
+    ///
+    /// # Errors
+    /// `Unsupported` where there is no such thing.
+    fn read_only_device(&self, staged: &Path) -> Result<PathBuf> {
+        fail!(Unsupported, "the device at {} can't be published read-only", staged.display())
+    }
+
+    /// The volume has left this path: what `read_only_device` made for it may go, if nobody else uses it.
+    fn release(&self, _: &VolumeId) -> Result<()> {
+        Ok(())
+    }
 
     /// This node's place, if volumes can't be used from everywhere.
     fn topology(&self) -> Option<Topology> {

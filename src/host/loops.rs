@@ -138,6 +138,32 @@ impl LoopDevice {
         }
     }
 
+    /// The loop device that this one shows, if it is a view of one.
+    pub fn below(&self) -> Result<Option<Self>> {
+        match self.image_name() {
+            Some(image) if image.parent() == Some(Path::new("/dev")) => open(&image),
+            _ => Ok(None),
+        }
+    }
+
+    /// A device that shows this one and can't be written, for those who may only read. There is one for all of them;
+    /// it stays until it is detached.
+    pub fn ensure_read_only_view(&self) -> Result<Self> {
+        match find(&self.path)? {
+            Some(view) => Ok(view),
+            None => {
+                let block_size = rustix::fs::ioctl_blksszget(&self.file)
+                    .context(|| format!("cannot ask {} for its block size", self.path.display()))?;
+                attach(&self.file, Options { block_size, read_only: true, autoclear: false, discard: false })
+            }
+        }
+    }
+
+    /// The read-only view of this device, if there is one.
+    pub fn read_only_view(&self) -> Result<Option<Self>> {
+        find(&self.path)
+    }
+
     /// The image's name as sysfs has it: a hint, since it depends on the mount namespace.
     pub fn image_name(&self) -> Option<PathBuf> {
         let name = self.path.file_name()?.to_str()?;

@@ -63,7 +63,12 @@ impl Front {
         let _entered = span.enter();
         match result {
             Ok(reply) => {
-                tracing::debug!(?took, "done");
+                // One line for each change; questions come by the thousand.
+                if rpc.contains("Get") || rpc.contains("List") || rpc == "Probe" {
+                    tracing::debug!(?took, "done");
+                } else {
+                    tracing::info!(?took, "done");
+                }
                 Ok(Response::new(reply))
             }
             Err(error) => {

@@ -118,6 +118,7 @@ impl Node for Front {
                     fail!(Precondition, "what is mounted at {target} is not {id}: left alone");
                 }
                 mounts::ensure_gone(target.as_path())?;
+                backend.release(&id)?;
                 backend.ephemeral().map_or(Ok(()), |ephemeral| ephemeral.ensure_gone(&id))
             })
             .await?;
@@ -268,6 +269,10 @@ impl Publish {
                 mounts::binds_of(source.as_path())?.iter().find(|place| place.as_path() != target.as_path())
         {
             fail!(Precondition, "{id} is used by one pod at a time, and one has it at {}", other.display());
+        }
+        if read_only && capability.access == Access::Block {
+            let view = backend.read_only_device(source.as_path())?;
+            return mounts::ensure_bind(&view, target.as_path(), false);
         }
         mounts::ensure_bind(source.as_path(), target.as_path(), read_only)
     }

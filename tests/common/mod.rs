@@ -236,6 +236,9 @@ impl Drop for Lab {
             }
         }
         for device in loops_below(self.dir.path()) {
+            for view in loops_below(Path::new(&device)) {
+                let _ = Command::new("losetup").args(["-d", &view]).status();
+            }
             let _ = Command::new("losetup").args(["-d", &device]).status();
         }
         for mount in mounts_below(self.dir.path()).iter().rev() {

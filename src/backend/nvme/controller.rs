@@ -226,7 +226,7 @@ impl Nvme {
         Volume {
             id: id.clone(),
             size: descriptor.size,
-            context: Parameters::new(),
+            context: context(descriptor),
             source: descriptor.source.clone(),
             places: vec![self.topology.clone()],
         }
@@ -298,9 +298,10 @@ impl Listing for Nvme {
             let id = VolumeId::new(id)?;
             let descriptor = self.locate_volume(&id)?.and_then(|found| VolumeDescriptor::read(&found.folder).ok());
             // A damaged one is still there: its health says more.
-            let source = descriptor.as_ref().and_then(|descriptor| descriptor.source.clone());
-            let size = descriptor.map_or(size, |descriptor| descriptor.size);
-            Ok(Some(Volume { id, size, context: Parameters::new(), source, places: vec![self.topology.clone()] }))
+            Ok(Some(match descriptor {
+                Some(descriptor) => self.describe(&id, &descriptor),
+                None => Volume { id, size, context: [].into(), source: None, places: vec![self.topology.clone()] },
+            }))
         })
     }
 }
@@ -369,6 +370,17 @@ impl Cloning for Nvme {
         };
         self.ensure_made(Sort::Volume, id, spec, Some(origin))
     }
+}
+
+/// For people who look at a PersistentVolume or a list; the node reads the descriptor.
+fn context(descriptor: &VolumeDescriptor) -> Parameters {
+    let owner = &descriptor.owner;
+    let known = [("name", &descriptor.name), ("claim", &owner.claim), ("namespace", &owner.namespace)];
+    known
+        .into_iter()
+        .filter(|(_, value)| !value.is_empty())
+        .map(|(key, value)| (key.to_owned(), value.clone()))
+        .collect()
 }
 
 /// What a copy of the origin's image holds; a blank one gets the `fresh` file system.

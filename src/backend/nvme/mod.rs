@@ -168,6 +168,7 @@ impl Nvme {
     fn volume_at(&self, place: &Place) -> Result<Option<(VolumeId, LoopDevice)>> {
         let number = place.device_file().unwrap_or(place.device());
         let Some(device) = loops::by_number(number)? else { return Ok(None) };
+        let device = device.below()?.unwrap_or(device);
         let Some(image) = device.image_name() else { return Ok(None) };
         let id = image.parent().and_then(|folder| folder.file_name()).and_then(|name| name.to_str());
         let Some(id) =
@@ -191,6 +192,7 @@ impl Nvme {
     /// `Precondition` while it is mounted, shown to a pod or held open.
     fn ensure_detached(&self, id: &str, located: &Located<'_>) -> Result<()> {
         let Some(device) = loops::find(&located.image())? else { return Ok(()) };
+        self.release_view(&device)?;
         if let Some(place) = mounts::users_of_device(&device.path)?.first() {
             fail!(Precondition, "{id} is in use at {}: unpublish and unstage it first", place.display());
         }

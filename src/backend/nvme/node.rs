@@ -1,12 +1,13 @@
 //! Local volumes at places on this machine.
 
 use std::fs::OpenOptions;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use super::descriptor::{Contents, Descriptor, VolumeDescriptor};
 use super::{Nvme, Sort};
 use crate::backend::{Ephemeral, Node, NodeGrowth, NodeHealth, STAGED_DEVICE, Stage, Stats};
 use crate::error::{Context, Result};
+use crate::host::loops::LoopDevice;
 use crate::host::mounts::Place;
 use crate::host::{files, filesystem, loops, mounts, paths};
 use crate::secrets::Secrets;
@@ -39,7 +40,11 @@ impl Node for Nvme {
         // A block volume's device stays attached until now, and so does what a crash left.
         match self.locate_volume(id) {
             Ok(Some(located)) => match loops::find(&located.image())? {
-                Some(device) if mounts::users_of_device(&device.path)?.is_empty() => device.detach(),
+                Some(device)
+                    if self.release_view(&device).is_ok() && mounts::users_of_device(&device.path)?.is_empty() =>
+                {
+                    device.detach()
+                }
                 _ => Ok(()),
             },
             Ok(None) => Ok(()),
@@ -53,6 +58,20 @@ impl Node for Nvme {
 
     fn is_at(&self, id: &VolumeId, path: &Path) -> Result<bool> {
         Ok(self.volume_at_path(path)?.is_some_and(|(there, _)| self.answers_to(&there, id)))
+    }
+
+    fn read_only_device(&self, staged: &Path) -> Result<PathBuf> {
+        match self.volume_at_path(staged)? {
+            Some((_, device)) => Ok(device.ensure_read_only_view()?.path),
+            None => fail!(Precondition, "no volume of this driver is staged at {}", staged.display()),
+        }
+    }
+
+    fn release(&self, id: &VolumeId) -> Result<()> {
+        match self.locate_volume(id)?.map(|located| loops::find(&located.image())).transpose()?.flatten() {
+            Some(device) => self.release_view(&device),
+            None => Ok(()),
+        }
     }
 
     fn topology(&self) -> Option<Topology> {
@@ -69,6 +88,16 @@ impl Node for Nvme {
     }
     fn ephemeral(&self) -> Option<&dyn Ephemeral> {
         Some(self)
+    }
+}
+
+impl Nvme {
+    /// Detaches the device's read-only view, unless somebody is shown it.
+    pub(super) fn release_view(&self, device: &LoopDevice) -> Result<()> {
+        match device.read_only_view()? {
+            Some(view) if mounts::users_of_device(&view.path)?.is_empty() => view.detach_now().map(drop),
+            _ => Ok(()),
+        }
     }
 }
 
@@ -117,6 +146,9 @@ impl NodeGrowth for Nvme {
             })?;
         }
         device.refresh_size()?;
+        if let Some(view) = device.read_only_view()? {
+            view.refresh_size()?;
+        }
         if let Contents::Filesystem(kind) = descriptor.contents
             && Place::at(place)?.is_some_and(|place| place.device_file().is_none())
         {

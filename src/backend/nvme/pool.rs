@@ -21,7 +21,7 @@ use super::Sort;
 use crate::config::{self, Fallback};
 use crate::error::{Context, Error, Result};
 use crate::host::files::{self, FileLock};
-use crate::volume::Available;
+use crate::volume::{Available, format_bytes};
 
 /// The image's name in a volume's folder.
 pub(super) const IMAGE: &str = "image";
@@ -236,7 +236,8 @@ impl Writer<'_> {
     pub(super) fn check_room(&self, bytes: u64) -> Result<()> {
         let free = self.pool.available_beside(self.books.promised())?;
         if bytes > free {
-            fail!(Exhausted, "pool {} has {free} bytes left, and {bytes} are wanted", self.pool.name());
+            let (free, wanted) = (format_bytes(free), format_bytes(bytes));
+            fail!(Exhausted, "pool {} has {free} left, and {wanted} is wanted", self.pool.name());
         }
         Ok(())
     }
