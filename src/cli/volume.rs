@@ -61,7 +61,7 @@ pub enum VolumeCommand {
     },
     /// Show one volume and what is wrong with it.
     Show {
-        /// The volume's id.
+        /// The volume's id, or the name that it was made with.
         id: String,
         /// It is the id of a snapshot.
         #[arg(long)]
@@ -71,14 +71,14 @@ pub enum VolumeCommand {
     Mount(Mount),
     /// Unmount a volume from a path, and remove the empty path.
     Unmount {
-        /// The volume's id.
+        /// The volume's id, or the name that it was made with.
         id: String,
         /// Where it is mounted.
         path: PathBuf,
     },
     /// Grow a mounted volume.
     Grow {
-        /// The volume's id.
+        /// The volume's id, or the name that it was made with.
         id: String,
         /// Where it is mounted.
         path: PathBuf,
@@ -88,14 +88,14 @@ pub enum VolumeCommand {
     },
     /// Take a snapshot of a volume; the same name again finds it.
     Snapshot {
-        /// The volume's id.
+        /// The volume's id, or the name that it was made with.
         id: String,
         /// The snapshot's name.
         name: String,
     },
     /// Delete a volume and its data.
     Delete {
-        /// The volume's id.
+        /// The volume's id, or the name that it was made with.
         id: String,
         /// It is the id of a snapshot.
         #[arg(long)]
@@ -131,7 +131,7 @@ pub struct Create {
 /// A volume to be mounted.
 #[derive(Debug, Args)]
 pub struct Mount {
-    /// The volume's id.
+    /// The volume's id, or the name that it was made with.
     pub id: String,
     /// Where to; made if missing.
     pub path: PathBuf,
@@ -211,7 +211,7 @@ async fn answer(kubelet: &Kubelet<'_>, command: VolumeCommand) -> Result<Answer>
             let views: Vec<_> = client.snapshots(None).await?.into_iter().map(SnapshotView::from).collect();
             Answer { json: json!({ "snapshots": views }), text: table::snapshots(&views) }
         }
-        VolumeCommand::Show { id, snapshot: false } => show(kubelet, &id).await?,
+        VolumeCommand::Show { id, snapshot: false } => show(kubelet, &resolve(client, id).await?).await?,
         VolumeCommand::Show { id, snapshot: true } => {
             let found = client.snapshots(Some(&id)).await?.into_iter().next();
             let view =
@@ -219,32 +219,45 @@ async fn answer(kubelet: &Kubelet<'_>, command: VolumeCommand) -> Result<Answer>
             Answer { json: json!(view), text: table::snapshots(&[view]) }
         }
         VolumeCommand::Mount(Mount { id, path, read_only, options, block }) => {
+            let id = resolve(client, id).await?;
             let access = if block { Access::Block } else { Access::Mount { filesystem: String::new(), options } };
             let path = kubelet.mount(&id, &path, &access, read_only).await?;
             at(&id, &path, "is at")
         }
         VolumeCommand::Unmount { id, path } => {
-            let path = absolute(&path)?;
+            let (id, path) = (resolve(client, id).await?, absolute(&path)?);
             kubelet.unmount(&id, &path).await?;
             at(&id, &path, "is no more at")
         }
         VolumeCommand::Grow { id, path, size } => {
+            let id = resolve(client, id).await?;
             let size = kubelet.grow(&id, &absolute(&path)?, size).await?;
             Answer { text: format!("{id} has {} now", format_bytes(size)), json: json!({ "id": id, "size": size }) }
         }
         VolumeCommand::Snapshot { id, name } => {
+            let id = resolve(client, id).await?;
             let view = SnapshotView::from(client.snapshot(&id, &name).await?);
             Answer { json: json!(view), text: table::snapshots(&[view]) }
         }
         VolumeCommand::Delete { id, snapshot } => {
-            if snapshot {
-                client.delete_snapshot(&id).await?
+            let id = if snapshot {
+                client.delete_snapshot(&id).await?;
+                id
             } else {
-                client.delete(&id).await?
-            }
+                let id = resolve(client, id).await?;
+                client.delete(&id).await?;
+                id
+            };
             Answer { text: format!("{id} is deleted"), json: json!({ "id": id, "deleted": true }) }
         }
     })
+}
+
+/// The id of the volume that a person means: by its id, or by the name that it was made with.
+async fn resolve(client: &Client, given: String) -> Result<String> {
+    let views: Vec<_> = client.volumes().await?.into_iter().map(VolumeView::from).collect();
+    let named = views.iter().find(|view| view.id == given).or(views.iter().find(|view| view.name() == given));
+    Ok(named.map_or(given, |view| view.id.clone()))
 }
 
 fn at(id: &str, path: &Path, how: &str) -> Answer {

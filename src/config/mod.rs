@@ -1,0 +1,285 @@
+//! The one configuration: a YAML file, read once, checked whole.
+//!
+//! Every mistake is reported at once, with its path in the file and what would be right. Nothing else in Berth reads
+//! the environment or a file for its settings. `docs/configuration.md` describes every key.
+
+mod document;
+mod parse;
+
+use std::cell::RefCell;
+use std::fmt;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use serde_json::Value;
+
+use crate::error::{Context, Error, ErrorKind, Result};
+use crate::volume::NodeName;
+use document::Reader;
+
+/// The whole configuration.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// What Kubernetes calls this machine. Default: its host name.
+    pub node: NodeName,
+    /// How to log.
+    pub log: Log,
+    /// Where `/healthz`, `/readyz` and `/metrics` are served. Absent: nowhere.
+    pub http: Option<SocketAddr>,
+    /// How long things may take.
+    pub deadlines: Deadlines,
+    /// Where local volumes are carved from.
+    pub pools: Vec<Pool>,
+    /// What is served, and where.
+    pub drivers: Vec<Driver>,
+}
+
+/// How to log, always to standard error.
+#[derive(Clone, Debug)]
+pub struct Log {
+    /// `json: true` is one object a line, for programs.
+    pub json: bool,
+    /// A `tracing` filter: a level, or `berth=debug,tonic=warn`.
+    pub level: String,
+}
+
+/// How long things may take.
+#[derive(Clone, Copy, Debug)]
+pub struct Deadlines {
+    /// A call is answered within this time, done or not; the work goes on. Below kubelet's 2 minutes.
+    pub call: Duration,
+    /// The same for calls that only ask (statistics, health), of which one that hangs holds up a pod's others.
+    pub question: Duration,
+    /// A program such as mkfs is killed after this time.
+    pub command: Duration,
+    /// A call waits so long for another one on the same volume before it is Aborted.
+    pub lock: Duration,
+}
+
+impl Default for Deadlines {
+    fn default() -> Self {
+        Self {
+            call: Duration::from_secs(100),
+            question: Duration::from_secs(10),
+            command: Duration::from_secs(90),
+            lock: Duration::from_secs(2),
+        }
+    }
+}
+
+/// A directory on a file system of this node, from which local volumes are carved.
+#[derive(Clone, Debug)]
+pub struct Pool {
+    /// What classes call it.
+    pub name: String,
+    /// The directory. It has to exist: a missing one is a disk that is not mounted.
+    pub path: PathBuf,
+    /// Volumes and snapshots together get at most this many bytes.
+    pub cap: Option<u64>,
+    /// Volumes take space only when they are written, and may be promised more than there is.
+    pub thin: bool,
+    /// What to do when the directory lies on the node's root disk.
+    pub fallback: Fallback,
+}
+
+/// What to do when a pool's directory lies on the node's root disk, say because its own disk is missing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fallback {
+    /// Report no room, so that pods go elsewhere.
+    None,
+    /// Use it, up to the pool's cap.
+    Root,
+}
+
+/// One driver on one socket.
+#[derive(Clone, Debug)]
+pub struct Driver {
+    /// What stands behind it.
+    pub backend: BackendKind,
+    /// The CSI driver name. Default: the back end's own.
+    pub name: String,
+    /// Which services this socket has.
+    pub role: Role,
+    /// The Unix socket.
+    pub socket: PathBuf,
+    /// Where to register with kubelet. Absent: not at all.
+    pub kubelet: Option<Kubelet>,
+}
+
+/// The back ends that this build has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum BackendKind {
+    /// Local volumes.
+    Nvme,
+}
+
+/// Which services a socket has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Role {
+    /// Identity and Controller.
+    Controller,
+    /// Identity and Node.
+    Node,
+    /// All three.
+    Both,
+}
+
+impl Role {
+    /// Is the Controller service there?
+    pub fn has_controller(self) -> bool {
+        self != Self::Node
+    }
+    /// Is the Node service there?
+    pub fn has_node(self) -> bool {
+        self != Self::Controller
+    }
+}
+
+/// Where to register with kubelet.
+#[derive(Clone, Debug)]
+pub struct Kubelet {
+    /// Kubelet's `plugins_registry` directory, as this process sees it.
+    pub registry: PathBuf,
+    /// The CSI socket's path as the *host* sees it. Default: `socket`.
+    pub endpoint: PathBuf,
+}
+
+/// One thing that is wrong with the file.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Mistake {
+    /// Where: `drivers[0].socket`.
+    pub path: String,
+    /// What, and what would be right.
+    pub message: String,
+}
+
+impl fmt::Display for Mistake {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.path.is_empty() { f.write_str(&self.message) } else { write!(f, "{}: {}", self.path, self.message) }
+    }
+}
+
+impl Config {
+    /// Reads and checks the file.
+    ///
+    /// # Errors
+    /// `Invalid`, listing every mistake on a line of its own.
+    pub fn load(path: &Path) -> Result<Self> {
+        let text = std::fs::read_to_string(path).context(|| format!("cannot read {}", path.display()))?;
+        #[expect(clippy::disallowed_methods, reason = "this is the one place")]
+        Self::parse(&text, &|name| std::env::var(name).ok()).map_err(|mistakes| {
+            let lines: String = mistakes.iter().map(|mistake| format!("\n  {mistake}")).collect();
+            let number = mistakes.len();
+            let what = if number == 1 { "mistake" } else { "mistakes" };
+            Error::new(ErrorKind::Invalid, format!("{} has {number} {what}:{lines}", path.display()))
+        })
+    }
+
+    /// Checks a text, with `environment` answering for `${NAME}`.
+    ///
+    /// # Errors
+    /// Every mistake, in the order of the file's sections.
+    pub fn parse(text: &str, environment: &dyn Fn(&str) -> Option<String>) -> Result<Self, Vec<Mistake>> {
+        let value: Value = serde_saphyr::from_str(text)
+            .map_err(|error| vec![Mistake { path: String::new(), message: format!("this is not YAML: {error}") }])?;
+        let reader = Reader { mistakes: RefCell::default(), environment };
+        let config = reader.config(&value);
+        match (config, reader.mistakes.into_inner()) {
+            (Some(config), mistakes) if mistakes.is_empty() => Ok(config),
+            (_, mistakes) => Err(mistakes),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const GOOD: &str = "
+node: {name: '${NODE_NAME}'}
+log: {format: json, level: 'info,berth=debug'}
+http: {address: '127.0.0.1:9808'}
+deadlines: {call: 90s, lock: 500ms}
+pools:
+  - {name: fast, path: /mnt/nvme0}
+  - {name: root, path: /var/lib/berth, cap: 20Gi, fallback: root, thin: true}
+drivers:
+  - backend: nvme
+    socket: /var/lib/kubelet/plugins/nvme.csi.berth.dev/csi.sock
+    kubelet: {}
+";
+
+    fn parse(text: &str) -> Result<Config, Vec<Mistake>> {
+        Config::parse(text, &|name| (name == "NODE_NAME").then(|| "node-a".to_owned()))
+    }
+
+    #[test]
+    fn a_good_file_is_read_with_its_defaults() {
+        let config = parse(GOOD).unwrap();
+        assert_eq!(config.node.as_str(), "node-a");
+        assert_eq!(config.deadlines.lock, Duration::from_millis(500));
+        assert_eq!(config.deadlines.command, Deadlines::default().command);
+        assert_eq!(config.pools[1].cap, Some(20 << 30));
+        let driver = &config.drivers[0];
+        assert_eq!((driver.name.as_str(), driver.role), ("nvme.csi.berth.dev", Role::Both));
+        assert_eq!(driver.kubelet.as_ref().unwrap().endpoint, driver.socket);
+    }
+
+    #[test]
+    fn every_mistake_is_told_at_once_with_its_path_and_what_would_be_right() {
+        let mistakes = parse(
+            "
+node: {name: '${HOME_NODE}', nmae: x}
+log: {format: xml}
+http: {address: 9808}
+deadlines: {call: 0s}
+pools:
+  - {name: Fast, path: mnt, cap: 1.5Gi, fallback: maybe, size: 3}
+  - {name: root, path: /r, fallback: root}
+drivers:
+  - {backend: floppy, role: boss, socket: run/csi.sock}
+  - {backend: nvme, socket: [1]}
+  - {backend: nvme, role: controller, socket: /run/a, kubelet: {registry: x}}
+",
+        )
+        .unwrap_err();
+        let found: Vec<_> = mistakes.iter().map(|mistake| mistake.path.as_str()).collect();
+        for path in [
+            "node.name",
+            "node.nmae",
+            "log.format",
+            "http.address",
+            "deadlines.call",
+            "pools[0].name",
+            "pools[0].path",
+            "pools[0].cap",
+            "pools[0].fallback",
+            "pools[0].size",
+            "pools[1].cap",
+            "drivers[0].backend",
+            "drivers[0].role",
+            "drivers[0].socket",
+            "drivers[1].socket",
+            "drivers[2].kubelet",
+            "drivers[2].kubelet.registry",
+        ] {
+            assert!(found.contains(&path), "{path} is not among {mistakes:#?}");
+        }
+        let unknown = mistakes.iter().find(|mistake| mistake.path == "pools[0].size").unwrap();
+        assert_eq!(unknown.message, "is not known; known here: cap, fallback, name, path, thin");
+    }
+
+    #[test]
+    fn what_is_right_by_itself_may_be_wrong_beside_the_rest() {
+        let paths = |text: &str| parse(text).unwrap_err().into_iter().map(|mistake| mistake.path).collect::<Vec<_>>();
+        assert_eq!(paths("{}"), ["drivers"]);
+        assert_eq!(paths("drivers: [{backend: nvme, socket: /run/a}]"), ["pools"]);
+        let twice = "
+pools: [{name: a, path: /a}, {name: a, path: /a}]
+drivers: [{backend: nvme, socket: /run/a}, {backend: nvme, role: node, socket: /run/a}]";
+        assert_eq!(paths(twice), ["pools[1].name", "pools[1].path", "drivers[1].socket", "drivers[1].role"]);
+        assert_eq!(paths("- a"), ["", "drivers"]);
+        assert!(parse("a: b: c").unwrap_err()[0].message.starts_with("this is not YAML"));
+    }
+}

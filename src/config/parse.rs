@@ -1,0 +1,209 @@
+//! What the configuration's keys mean, and which values are right.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use serde_json::Value;
+
+use super::document::{Reader, Section};
+use super::{BackendKind, Config, Deadlines, Driver, Fallback, Kubelet, Log, Pool, Role};
+use crate::volume::{MountPath, NodeName, parse_bytes};
+
+impl<'a> Reader<'a> {
+    /// The whole file. `None`: there were mistakes.
+    pub(super) fn config(&'a self, value: &'a Value) -> Option<Config> {
+        let root = self.section(String::new(), Some(value));
+
+        let node = root.section("node");
+        let name = node.read("name", |text| NodeName::new(text).map_err(|error| error.to_string()));
+        let name = name.unwrap_or_else(|| {
+            let host = rustix::system::uname().nodename().to_string_lossy().into_owned();
+            NodeName::new(host).or_else(|error| self.mistake("node.name", error.to_string()).ok_or(())).ok()
+        });
+        node.end();
+
+        let log = root.section("log");
+        let json = log.read("format", |text| match text {
+            "text" => Ok(false),
+            "json" => Ok(true),
+            _ => Err("write text or json".to_owned()),
+        });
+        let level = log.read("level", |text| match text.parse::<tracing_subscriber::EnvFilter>() {
+            Ok(_) => Ok(text.to_owned()),
+            Err(error) => Err(format!("write error, warn, info, debug or trace, or a filter: {error}")),
+        });
+        log.end();
+
+        let http = root.section("http");
+        let address = http.read("address", |text| {
+            text.parse().map_err(|_| "write an address and a port, such as 127.0.0.1:9808".to_owned())
+        });
+        http.end();
+
+        let deadlines = root.section("deadlines");
+        let usual = Deadlines::default();
+        let duration = |key, usual| deadlines.read(key, parse_duration).unwrap_or(Some(usual)).unwrap_or(usual);
+        let read = Deadlines {
+            call: duration("call", usual.call),
+            question: duration("question", usual.question),
+            command: duration("command", usual.command),
+            lock: duration("lock", usual.lock),
+        };
+        deadlines.end();
+
+        let pools = root.list("pools").into_iter().map(|pool| self.pool(pool)).collect::<Vec<_>>();
+        let drivers = root.list("drivers").into_iter().map(|driver| self.driver(driver)).collect::<Vec<_>>();
+        root.end();
+        self.check_together(&pools, &drivers);
+
+        Some(Config {
+            node: name?,
+            log: Log { json: json.unwrap_or(Some(false))?, level: level.unwrap_or(Some("info".to_owned()))? },
+            http: address.flatten(),
+            deadlines: read,
+            pools: pools.into_iter().collect::<Option<_>>()?,
+            drivers: drivers.into_iter().collect::<Option<_>>()?,
+        })
+    }
+
+    fn pool(&self, section: Section<'_>) -> Option<Pool> {
+        let name = section.required("name", |text| {
+            let fits = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-';
+            if text.is_empty() || text.len() > 63 || !text.chars().all(fits) {
+                return Err("write up to 63 lower-case letters, digits and `-`".to_owned());
+            }
+            Ok(text.to_owned())
+        });
+        let path = section.required("path", absolute);
+        let cap = section.read("cap", |text| parse_bytes(text).map_err(|error| error.to_string()));
+        let thin = section.read("thin", boolean).unwrap_or(Some(false));
+        let fallback = section
+            .read("fallback", |text| match text {
+                "none" => Ok(Fallback::None),
+                "root" => Ok(Fallback::Root),
+                _ => Err("write none or root".to_owned()),
+            })
+            .unwrap_or(Some(Fallback::None));
+        if fallback == Some(Fallback::Root) && cap.is_none() {
+            self.mistake::<()>(&section.at("cap"), "is needed with `fallback: root`: the root disk must not fill up");
+        }
+        section.end();
+        Some(Pool { name: name?, path: path?, cap: cap.flatten(), thin: thin?, fallback: fallback? })
+    }
+
+    fn driver(&self, section: Section<'_>) -> Option<Driver> {
+        let backend = section.required("backend", |text| match text {
+            "nvme" => Ok(BackendKind::Nvme),
+            _ => Err("this build has: nvme".to_owned()),
+        });
+        let name = section.read("name", driver_name).unwrap_or(Some("nvme.csi.berth.dev".to_owned()));
+        let role = section
+            .read("role", |text| match text {
+                "controller" => Ok(Role::Controller),
+                "node" => Ok(Role::Node),
+                "both" => Ok(Role::Both),
+                _ => Err("write controller, node or both".to_owned()),
+            })
+            .unwrap_or(Some(Role::Both));
+        let socket = section.required("socket", socket_path);
+        let kubelet = section.has("kubelet").then(|| {
+            let kubelet = section.section("kubelet");
+            let registry = kubelet
+                .read("registry", absolute)
+                .unwrap_or_else(|| Some(PathBuf::from("/var/lib/kubelet/plugins_registry")));
+            let endpoint = kubelet.read("endpoint", absolute).unwrap_or_else(|| socket.clone());
+            kubelet.end();
+            Some(Kubelet { registry: registry?, endpoint: endpoint? })
+        });
+        if kubelet.is_some() && role == Some(Role::Controller) {
+            self.mistake::<()>(
+                &section.at("kubelet"),
+                "only a node registers with kubelet: leave it out, or change the role",
+            );
+        }
+        section.end();
+        let kubelet = match kubelet {
+            None => None,
+            Some(read) => Some(read?),
+        };
+        Some(Driver { backend: backend?, name: name?, role: role?, socket: socket?, kubelet })
+    }
+
+    /// What is right by itself may be wrong beside the rest.
+    fn check_together(&self, pools: &[Option<Pool>], drivers: &[Option<Driver>]) {
+        for (index, pool) in pools.iter().enumerate() {
+            let Some(pool) = pool else { continue };
+            for earlier in pools[..index].iter().flatten() {
+                if earlier.name == pool.name {
+                    self.mistake::<()>(&format!("pools[{index}].name"), format!("{} is used twice", pool.name));
+                }
+                if earlier.path == pool.path {
+                    self.mistake::<()>(&format!("pools[{index}].path"), format!("is also pool {}'s", earlier.name));
+                }
+            }
+        }
+        if drivers.is_empty() {
+            self.mistake::<()>("drivers", "nothing would be served: list at least one driver");
+        }
+        for (index, driver) in drivers.iter().enumerate() {
+            let Some(driver) = driver else { continue };
+            if driver.backend == BackendKind::Nvme && pools.is_empty() {
+                self.mistake::<()>("pools", "the nvme back end needs at least one pool with a name and a path");
+            }
+            for earlier in drivers[..index].iter().flatten() {
+                if earlier.socket == driver.socket {
+                    self.mistake::<()>(&format!("drivers[{index}].socket"), "is used twice");
+                }
+                let overlap = (earlier.role.has_controller() && driver.role.has_controller())
+                    || (earlier.role.has_node() && driver.role.has_node());
+                if earlier.name == driver.name && overlap {
+                    self.mistake::<()>(
+                        &format!("drivers[{index}].role"),
+                        format!("{} already has this service on another socket", driver.name),
+                    );
+                }
+            }
+        }
+    }
+}
+
+fn absolute(text: &str) -> Result<PathBuf, String> {
+    MountPath::new("the path", text).map(|path| path.as_path().to_owned()).map_err(|error| error.to_string())
+}
+
+/// unix(7): `sun_path` has 108 bytes with the terminating NUL.
+fn socket_path(text: &str) -> Result<PathBuf, String> {
+    if text.len() > 107 {
+        return Err(format!("a socket's path has at most 107 bytes, and this has {}", text.len()));
+    }
+    absolute(text)
+}
+
+fn boolean(text: &str) -> Result<bool, String> {
+    text.parse().map_err(|_| "write true or false".to_owned())
+}
+
+/// CSI 1.13, GetPluginInfoResponse.name: a domain name of at most 63 characters; kubelet wants lower case.
+fn driver_name(text: &str) -> Result<String, String> {
+    let fits = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-' || c == '.';
+    let begins = text.starts_with(|c: char| c.is_ascii_lowercase() || c.is_ascii_digit());
+    if text.len() > 63 || !text.chars().all(fits) || !begins || !text.ends_with(|c: char| c.is_ascii_lowercase()) {
+        return Err(
+            "write up to 63 lower-case letters, digits, `-` and `.`, ending in a letter, such as nvme.csi.berth.dev"
+                .to_owned(),
+        );
+    }
+    Ok(text.to_owned())
+}
+
+fn parse_duration(text: &str) -> Result<Duration, String> {
+    let digits = text.trim_end_matches(|c: char| !c.is_ascii_digit());
+    let unit = match &text[digits.len()..] {
+        "ms" => Some(1),
+        "s" => Some(1000),
+        "m" => Some(60_000),
+        _ => None,
+    };
+    let millis = unit.and_then(|unit| digits.parse::<u64>().ok()?.checked_mul(unit)).filter(|millis| *millis > 0);
+    millis.map(Duration::from_millis).ok_or_else(|| "write a whole number above 0 with ms, s or m".to_owned())
+}
