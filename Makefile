@@ -23,7 +23,7 @@ check: ## Format, lints, documentation, dependencies, unit tests
 	cargo clippy --quiet --all-targets -- -D warnings
 	RUSTDOCFLAGS="-D warnings" cargo doc --quiet --no-deps --document-private-items
 	cargo test --quiet --lib
-	@if cargo deny --version >/dev/null 2>&1; then cargo deny --offline check bans licenses sources; \
+	@if cargo deny --version >/dev/null 2>&1; then cargo deny --log-level error --offline check bans licenses sources; \
 	else echo "SKIPPED cargo-deny: not installed (cargo install cargo-deny)"; fi
 
 test: ## Everything that this machine can test, after installing what that needs
