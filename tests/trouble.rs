@@ -412,7 +412,6 @@ async fn a_mkfs_that_hangs_holds_its_own_volume_only() {
     let mkfs = programs.join("mkfs.ext4");
     std::fs::write(&mkfs, "#!/bin/sh\ntrap '' TERM INT HUP\nwhile true; do sleep 1; done\n").unwrap();
     std::fs::set_permissions(&mkfs, std::fs::Permissions::from_mode(0o755)).unwrap();
-    #[expect(clippy::disallowed_methods, reason = "the driver's own PATH, with ours before it")]
     let path = format!("{}:{}", programs.display(), std::env::var("PATH").unwrap());
     lab.environment.push(("PATH".to_owned(), path));
     let client = lab.start().await;
@@ -444,6 +443,49 @@ async fn a_mkfs_that_hangs_holds_its_own_volume_only() {
     client.publish(&id, &staging, &lab.target("a"), &usage).await.unwrap();
     write(format!("{}/f", lab.target("a")), "works");
     client.unpublish(&id, &lab.target("a")).await.unwrap();
+    client.unstage(&id, &staging).await.unwrap();
+    client.delete(&id).await.unwrap();
+    lab.assert_clean();
+}
+
+/// > A program that the driver started dies with it, so that its successor has the disk to itself.
+#[tokio::test]
+async fn a_mkfs_does_not_outlive_its_driver() {
+    skip_unless!(is_root(), "needs root");
+    let mut lab = Lab::without_driver("xfs", 4 * GI);
+    let programs = lab.path("programs");
+    std::fs::create_dir(&programs).unwrap();
+    let mkfs = programs.join("mkfs.ext4");
+    let begun = programs.join("begun");
+    std::fs::write(&mkfs, format!("#!/bin/sh\necho $$ > {}\nexec sleep 60\n", begun.display())).unwrap();
+    std::fs::set_permissions(&mkfs, std::fs::Permissions::from_mode(0o755)).unwrap();
+    let path = format!("{}:{}", programs.display(), std::env::var("PATH").unwrap());
+    lab.environment.push(("PATH".to_owned(), path));
+    let client = lab.start().await;
+    let usage = Use::fs("ext4");
+    let id = client.create("a", GI, &usage).await;
+    let staging = lab.staging("a");
+    let call = tokio::spawn({
+        let (client, id, staging, usage) = (client.clone(), id.clone(), staging.clone(), usage.clone());
+        async move { client.stage(&id, &staging, &usage).await }
+    });
+    let end = Instant::now() + Duration::from_secs(20);
+    let pid = loop {
+        if let Some(pid) = std::fs::read_to_string(&begun).ok().and_then(|text| text.trim().parse::<u32>().ok()) {
+            break pid;
+        }
+        assert!(Instant::now() < end);
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    };
+    lab.kill();
+    assert!(call.await.unwrap().is_err());
+    while Path::new(&format!("/proc/{pid}/exe")).exists() {
+        assert!(Instant::now() < end, "mkfs goes on");
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    std::fs::remove_file(&mkfs).unwrap();
+    let client = lab.start().await;
+    client.stage(&id, &staging, &usage).await.unwrap();
     client.unstage(&id, &staging).await.unwrap();
     client.delete(&id).await.unwrap();
     lab.assert_clean();

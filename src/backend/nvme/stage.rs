@@ -51,6 +51,12 @@ impl Nvme {
             }
         } else {
             let (directory, made) = mounts::ensure_vacant(path.as_path(), paths::Kind::Directory)?;
+            if let Contents::Formatting(_) = descriptor.contents
+                && let Some(device) = loops::find(&located.image())?
+                && !device.detach_now()?
+            {
+                fail!(Busy, "an earlier mkfs of {id} is still ending: try again");
+            }
             let device = self.attach(located, &descriptor, true)?;
             let mounted = self
                 .ensure_filesystem(located, &mut descriptor, kind, &device)
