@@ -1,6 +1,7 @@
 //! Putting a volume at a path: attach, make the file system once, mount.
 
 use std::fs::OpenOptions;
+use std::os::fd::OwnedFd;
 use std::path::Path;
 
 use super::descriptor::{Contents, Descriptor, VolumeDescriptor};
@@ -8,11 +9,11 @@ use super::parameters::mount_options;
 use super::{Located, Nvme};
 use crate::backend::{STAGED_DEVICE, Stage};
 use crate::error::{Context, Result};
-use crate::host::filesystem::{self, Kind};
+use crate::host::filesystem::{self, Kind, MountOptions};
 use crate::host::loops::{self, LoopDevice};
 use crate::host::mounts::{self, Place};
 use crate::host::{files, paths};
-use crate::volume::{Access, MountFlag, MountPath, VolumeId};
+use crate::volume::{Access, MountPath, VolumeId};
 
 impl Nvme {
     /// Stages a volume that exists. What is already so is compared; what an earlier, interrupted call left is used.
@@ -22,75 +23,75 @@ impl Nvme {
             fail!(Internal, "the image of {} is gone: its data is lost", stage.id);
         }
         match &stage.capability.access {
-            Access::Block => self.stage_block(located, &descriptor, &stage.id, &stage.path),
+            Access::Block => self.stage_block(located, &descriptor, &stage.path),
             Access::Mount { filesystem, flags, .. } => {
-                let read_only = stage.capability.mode.is_read_only();
                 let kind = filesystem_of(&descriptor, filesystem)?;
-                self.stage_mount(located, descriptor, &stage.id, &stage.path, kind, flags, read_only)
+                let options = mount_options(kind, flags, stage.capability.mode.is_read_only())?;
+                self.stage_mount(located, descriptor, kind, &options, &stage.path)
             }
         }
     }
 
-    #[expect(clippy::too_many_arguments, reason = "the parts of one request, taken apart once")]
     fn stage_mount(
         &self,
         located: &Located<'_>,
-        mut descriptor: VolumeDescriptor,
-        id: &VolumeId,
-        path: &MountPath,
+        descriptor: VolumeDescriptor,
         kind: Kind,
-        flags: &[MountFlag],
-        read_only: bool,
+        options: &MountOptions,
+        path: &MountPath,
     ) -> Result<()> {
-        let options = mount_options(kind, flags, read_only)?;
-        if self.is_present(id, path.as_path())? {
+        let id = VolumeId::new(descriptor.id.as_str())?;
+        if self.is_present(&id, path.as_path())? {
             let place = Place::at(path.as_path())?;
             if place.map(|place| place.is_read_only()).transpose()? != Some(options.read_only) {
                 let how = if options.read_only { "writable" } else { "read-only" };
                 fail!(Conflict, "{id} is already at {path}, but {how}");
             }
-        } else {
-            let (directory, made) = mounts::ensure_vacant(path.as_path(), paths::Kind::Directory)?;
-            if let Contents::Formatting(_) = descriptor.contents
-                && let Some(device) = loops::find(&located.image())?
-                && !device.detach_now()?
-            {
-                fail!(Busy, "an earlier mkfs of {id} is still ending: try again");
-            }
-            let device = self.attach(located, &descriptor, true)?;
-            let mounted = self
-                .ensure_filesystem(located, &mut descriptor, kind, &device)
-                .and_then(|()| kind.grow_unmounted(&device.path, self.command_deadline))
-                .and_then(|()| filesystem::mount(&device.path, kind.name(), &options, &directory));
-            if let Err(error) = mounted {
-                if made {
-                    let _ = paths::remove_empty(path.as_path());
-                }
-                return Err(error);
-            }
+            return Ok(());
         }
+        let (directory, made) = mounts::ensure_vacant(path.as_path(), paths::Kind::Directory)?;
+        let mounted = self.mount(located, descriptor, kind, options, &directory, path);
+        if mounted.is_err() && made {
+            let _ = paths::remove_empty(path.as_path());
+        }
+        mounted
+    }
+
+    fn mount(
+        &self,
+        located: &Located<'_>,
+        mut descriptor: VolumeDescriptor,
+        kind: Kind,
+        options: &MountOptions,
+        directory: &OwnedFd,
+        path: &MountPath,
+    ) -> Result<()> {
+        if let Contents::Formatting(_) = descriptor.contents
+            && let Some(device) = loops::find(&located.image())?
+            && !device.detach_now()?
+        {
+            fail!(Busy, "an earlier mkfs of {} is still ending: try again", descriptor.id);
+        }
+        let device = self.attach(located, &descriptor, true)?;
+        self.ensure_filesystem(located, &mut descriptor, kind, &device)?;
+        kind.grow_unmounted(&device.path, self.command_deadline)?;
+        filesystem::mount(&device.path, kind.name(), options, directory)?;
         if options.read_only {
             return Ok(());
         }
         // A restored volume may be bigger than its snapshot, and an expansion may have been interrupted here.
-        match self.volume_at_path(path.as_path())? {
-            Some((_, device)) => kind.grow(&device.path, path.as_path()),
-            None => fail!(Internal, "{id} was mounted at {path}, but is not there any more"),
-        }
+        kind.grow(&device.path, path.as_path()).inspect_err(|_| {
+            let _ = mounts::ensure_unmounted(path.as_path());
+        })
     }
 
-    fn stage_block(
-        &self,
-        located: &Located<'_>,
-        descriptor: &VolumeDescriptor,
-        id: &VolumeId,
-        path: &MountPath,
-    ) -> Result<()> {
+    fn stage_block(&self, located: &Located<'_>, descriptor: &VolumeDescriptor, path: &MountPath) -> Result<()> {
+        let id = VolumeId::new(descriptor.id.as_str())?;
         if let Contents::Formatting(_) = descriptor.contents {
             fail!(Precondition, "{id} was being formatted as a file system: mount it as one first");
         }
         let place = path.join(STAGED_DEVICE);
-        if self.is_present(id, place.as_path())? {
+        if self.is_present(&id, place.as_path())? {
             return Ok(());
         }
         drop(paths::ensure(path.as_path(), paths::Kind::Directory)?);
