@@ -10,14 +10,24 @@ use serde_json::Value;
 use crate::Options;
 use crate::driver::{Driver, Pool, Wanted};
 use crate::lab::Lab;
-use crate::measure::{Pairs, Row, mebibytes, median};
+use crate::measure::{Pairs, Row, median};
 
 /// What fio works on, in bytes, and the volume that it lies in.
 const FILE: u64 = 1 << 30;
-const VOLUME: u64 = 2 << 30;
+const VOLUME: u64 = 8 << 30;
 /// Bandwidth of the volume over that of the disk.
 const TARGET: f64 = 0.9;
-const ROUNDS: usize = 3;
+/// Odd, so that a median is a measurement.
+const ROUNDS: usize = 5;
+
+/// How long a job runs.
+#[derive(Clone, Copy, Debug)]
+enum Run {
+    /// Once over so many bytes.
+    Once(u64),
+    /// Over and over for so many seconds, after one that does not count.
+    For(u32),
+}
 
 /// A way to read or write.
 struct Job {
@@ -36,6 +46,13 @@ const JOBS: [Job; 6] = [
     Job { what: "– 4 KiB random write, depth 1", pattern: "randwrite", block: "4k", depth: 1 },
 ];
 
+/// Over files that nobody has written yet: `FIRST` bytes.
+const FIRST_WRITES: [(&str, &str, &str, u32); 2] = [
+    ("– first writes, 1 MiB sequential, depth 4", "write", "1m", 4),
+    ("– first writes, 4 KiB random, depth 16", "randwrite", "4k", 16),
+];
+const FIRST: u64 = 128 << 20;
+
 /// Direct I/O on a file of a published volume against one of the pool's file system, in turns.
 pub(crate) async fn disk(lab: &Lab, options: &Options) -> Result<Vec<Row>> {
     let driver = Driver::start(lab, "disk", Pool::Reserved).await?;
@@ -47,28 +64,27 @@ pub(crate) async fn disk(lab: &Lab, options: &Options) -> Result<Vec<Row>> {
     let report = lab.path("fio.json");
     let (volume, bare) = (client.target(&id).join("file"), lab.disk().join("bare-file"));
     // Both files are written once over before anything counts: the first write to a block has to record that it is
-    // no longer unwritten, in the volume's file system and once more in the pool's.
+    // no longer unwritten, in the volume's file system and once more in the pool's. The last rows show that.
     let layout = Job { what: "layout", pattern: "write", block: "1m", depth: 4 };
     for file in [&bare, &volume] {
-        fio(&layout, file, &report, None)?;
+        fio(&layout, file, &report, Run::Once(FILE))?;
     }
     let mut rows = Vec::new();
     for job in JOBS {
-        let mut pairs = Pairs::default();
-        for _ in 0..ROUNDS {
-            pairs.baseline.push(fio(&job, &bare, &report, Some(options.seconds))?);
-            pairs.subject.push(fio(&job, &volume, &report, Some(options.seconds))?);
-        }
-        let (ours, theirs) = (median(&pairs.subject), median(&pairs.baseline));
-        let explains = job.what.starts_with('–');
-        rows.push(Row {
-            what: job.what.to_owned(),
-            figure: format!("{}/s", mebibytes(ours)),
-            against: format!("on the pool's disk: {}/s", mebibytes(theirs)),
-            ratio: Some(pairs.ratio()),
-            target: if explains { "–".to_owned() } else { format!("≥ {TARGET}x") },
-            met: (!explains).then(|| pairs.ratio() >= TARGET),
-        });
+        let measure = |file: &Path| fio(&job, file, &report, Run::For(options.seconds));
+        let pairs = in_turns(|_| measure(&bare), |_| measure(&volume))?;
+        rows.push(row(job.what, &pairs));
+    }
+    for (what, pattern, block, depth) in FIRST_WRITES {
+        let job = Job { what, pattern, block, depth };
+        let measure = |file: &Path, round: usize| {
+            let file = file.with_extension(format!("{block}-{round}"));
+            let bandwidth = fio(&job, &file, &report, Run::Once(FIRST))?;
+            std::fs::remove_file(file)?;
+            Ok(bandwidth)
+        };
+        let pairs = in_turns(|round| measure(&bare, round), |round| measure(&volume, round))?;
+        rows.push(row(what, &pairs));
     }
     client.unpublish(&id).await?;
     client.unstage(&id).await?;
@@ -76,12 +92,48 @@ pub(crate) async fn disk(lab: &Lab, options: &Options) -> Result<Vec<Row>> {
     Ok(rows)
 }
 
-/// Runs a job for so many seconds, or once over the file, and returns its bytes per second.
-fn fio(job: &Job, file: &Path, report: &Path, seconds: Option<u32>) -> Result<f64> {
+/// Measures both sides in turns, of which either is the first as often: a shared disk has better and worse minutes.
+fn in_turns(
+    mut baseline: impl FnMut(usize) -> Result<f64>,
+    mut subject: impl FnMut(usize) -> Result<f64>,
+) -> Result<Pairs> {
+    let mut pairs = Pairs::default();
+    for round in 0..ROUNDS {
+        if round % 2 == 0 {
+            pairs.baseline.push(baseline(round)?);
+            pairs.subject.push(subject(round)?);
+        } else {
+            pairs.subject.push(subject(round)?);
+            pairs.baseline.push(baseline(round)?);
+        }
+    }
+    Ok(pairs)
+}
+
+/// A row of bandwidths, with the lowest and the highest. One that explains has no target.
+fn row(what: &str, pairs: &Pairs) -> Row {
+    let explains = what.starts_with('–');
+    let show = |rates: &[f64]| {
+        let [low, high] = [f64::min, f64::max].map(|pick| rates.iter().copied().reduce(pick).unwrap_or(f64::NAN));
+        let per_second = |rate: f64| format!("{:.0}", rate / f64::from(1 << 20));
+        format!("{} MiB/s ({} to {})", per_second(median(rates)), per_second(low), per_second(high))
+    };
+    Row {
+        what: what.to_owned(),
+        figure: show(&pairs.subject),
+        against: format!("on the pool's disk: {}", show(&pairs.baseline)),
+        ratio: Some(pairs.ratio()),
+        target: if explains { "–".to_owned() } else { format!("≥ {TARGET}x") },
+        met: (!explains).then(|| pairs.ratio() >= TARGET),
+    }
+}
+
+/// Runs a job and returns its bytes per second.
+fn fio(job: &Job, file: &Path, report: &Path, run: Run) -> Result<f64> {
     let mut arguments = vec![
         "--name=berth".to_owned(),
         format!("--filename={}", file.display()),
-        format!("--size={FILE}"),
+        format!("--size={}", if let Run::Once(size) = run { size } else { FILE }),
         format!("--rw={}", job.pattern),
         format!("--bs={}", job.block),
         format!("--iodepth={}", job.depth),
@@ -90,10 +142,11 @@ fn fio(job: &Job, file: &Path, report: &Path, seconds: Option<u32>) -> Result<f6
         "--output-format=json".to_owned(),
         format!("--output={}", report.display()),
     ];
-    if let Some(seconds) = seconds {
+    let seconds = if let Run::For(seconds) = run { seconds } else { 0 };
+    if seconds > 0 {
         arguments.extend(["--time_based".to_owned(), format!("--runtime={seconds}"), "--ramp_time=1".to_owned()]);
     }
-    let deadline = Duration::from_secs(u64::from(seconds.unwrap_or(0)) + 300);
+    let deadline = Duration::from_secs(u64::from(seconds) + 300);
     command::run("fio", &arguments, &[], deadline)?;
     let report: Value = serde_json::from_slice(&std::fs::read(report)?).context("fio's report is no JSON")?;
     let direction = if job.pattern.ends_with("read") { "read" } else { "write" };
