@@ -34,7 +34,7 @@ sanity: ## csi-sanity against the real binary (DRIVER=nvme)
 
 bench: ## The figures of docs/benchmarks.md, measured here
 	@scripts/setup.sh bench
-	cargo bench --quiet
+	cargo bench --quiet --bench berth
 
 clean: ## Remove what was built
 	cargo clean

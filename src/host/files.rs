@@ -17,22 +17,27 @@ pub fn write_durably(path: &Path, contents: &[u8]) -> Result<()> {
     let fresh = path.with_extension("new");
     let mut file = File::create(&fresh).context(what)?;
     file.write_all(contents).and_then(|()| file.sync_all()).context(what)?;
-    std::fs::rename(&fresh, path).context(what)?;
-    sync_directory_of(path)
+    rename_durably(&fresh, path)
 }
 
-/// Renames and makes that durable: a commit point. Both sides lie in directories of the same file system.
+/// Makes a file that is not there yet, durable but for its name: the directory has to be synced before it is shown.
+pub fn write_new(path: &Path, contents: &[u8]) -> Result<()> {
+    let what = || format!("cannot write {}", path.display());
+    let mut file = File::create_new(path).context(what)?;
+    file.write_all(contents).and_then(|()| file.sync_all()).context(what)
+}
+
+/// Renames and makes that durable: a commit point. Both sides lie on one file system, whose journal has a rename whole
+/// or not at all, so one of the two directories is enough.
 pub fn rename_durably(from: &Path, to: &Path) -> Result<()> {
     std::fs::rename(from, to).context(|| format!("cannot rename {} to {}", from.display(), to.display()))?;
-    sync_directory_of(to)?;
-    if from.parent() != to.parent() { sync_directory_of(from) } else { Ok(()) }
+    sync_directory(to.parent().unwrap_or(to))
 }
 
-/// Makes the entries of the directory that holds `path` durable.
-pub fn sync_directory_of(path: &Path) -> Result<()> {
-    let parent = path.parent().unwrap_or(path);
-    let what = || format!("cannot sync {}", parent.display());
-    File::open(parent).and_then(|directory| directory.sync_all()).context(what)
+/// Makes a directory's entries durable.
+pub fn sync_directory(directory: &Path) -> Result<()> {
+    let what = || format!("cannot sync {}", directory.display());
+    File::open(directory).and_then(|directory| directory.sync_all()).context(what)
 }
 
 /// Makes a file of `size` bytes. With `reserve`, the file system has set aside the space when this returns.

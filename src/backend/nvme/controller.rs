@@ -171,8 +171,9 @@ impl Nvme {
                 Some(origin) => origin.block_size,
                 None => files::direct_io_alignment(&image)?,
             };
-            image.sync_all().context(|| format!("cannot sync {}", path.display()))?;
-            fresh.write(folder)
+            // In this order the second one finds nothing to do where a journal holds both.
+            fresh.write_new(folder)?;
+            image.sync_all().context(|| format!("cannot sync {}", path.display()))
         })?;
         Ok(self.describe(id, &fresh))
     }

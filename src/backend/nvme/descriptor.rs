@@ -136,11 +136,17 @@ pub(super) trait Descriptor: Serialize + DeserializeOwned {
 
     /// Replaces it, durably.
     fn write(&self, folder: &Path) -> Result<()> {
-        files::write_durably(
-            &Self::path(folder),
-            &serde_json::to_vec_pretty(self)
-                .map_err(|error| Error::caused(ErrorKind::Internal, "cannot write a descriptor as JSON", error))?,
-        )
+        files::write_durably(&Self::path(folder), &self.text()?)
+    }
+
+    /// Writes the first one, into a folder that is being made.
+    fn write_new(&self, folder: &Path) -> Result<()> {
+        files::write_new(&Self::path(folder), &self.text()?)
+    }
+
+    fn text(&self) -> Result<Vec<u8>> {
+        serde_json::to_vec_pretty(self)
+            .map_err(|error| Error::caused(ErrorKind::Internal, "cannot write a descriptor as JSON", error))
     }
 
     fn path(folder: &Path) -> PathBuf {

@@ -260,6 +260,7 @@ impl Writer<'_> {
         let made = std::fs::create_dir(&fresh)
             .context(|| format!("cannot make {}", fresh.display()))
             .and_then(|()| fill(&fresh))
+            .and_then(|()| files::sync_directory(&fresh))
             .and_then(|()| files::rename_durably(&fresh, &folder));
         if let Err(error) = made {
             // Only one of the two can be there, and nobody has been told of it.

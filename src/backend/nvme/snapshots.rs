@@ -50,8 +50,8 @@ impl Snapshots for Nvme {
         located.pool.open()?.create(Sort::Snapshot, id.as_str(), volume.size, |folder| {
             let image = File::open(&path).context(|| format!("cannot open {}", path.display()))?;
             let copy = files::reflink(&image, &folder.join(IMAGE))?;
-            copy.sync_all().context(|| format!("cannot sync the snapshot of {source}"))?;
-            fresh.write(folder)
+            fresh.write_new(folder)?;
+            copy.sync_all().context(|| format!("cannot sync the snapshot of {source}"))
         })?;
         self.describe_snapshot(&fresh)
     }
