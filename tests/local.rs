@@ -78,7 +78,11 @@ async fn several_pods_share_a_volume_unless_it_is_for_one_pod() {
         // The same target again is a repetition, not a second pod.
         client.publish(&mounted.id, &mounted.staging, &mounted.target, &usage).await.unwrap();
         client.unpublish(&mounted.id, &mounted.target).await.unwrap();
-        client.publish(&mounted.id, &mounted.staging, &second, &usage).await.unwrap();
+        let mut reader = Client::publication(&mounted.id, &mounted.staging, &second, &usage);
+        reader.readonly = true;
+        client.node.clone().node_publish_volume(reader).await.unwrap();
+        let first = client.publish(&mounted.id, &mounted.staging, &mounted.target, &usage).await;
+        refused(first, Code::FailedPrecondition);
         client.unpublish(&mounted.id, &second).await.unwrap();
         client.remove(&mounted).await;
     }

@@ -11,6 +11,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use crate::error::Result;
+use crate::host::mounts;
 use crate::secrets::Secrets;
 use crate::volume::{
     Access, Available, Capability, CapacityRange, HealthProblem, MountPath, Name, Parameters, Snapshot, SnapshotId,
@@ -214,7 +215,12 @@ pub trait Node: Send + Sync {
         fail!(Unsupported, "the device at {} can't be published read-only", staged.display())
     }
 
-    /// The volume has left this path: what `read_only_device` made for it may go, if nobody else uses it.
+    /// Everywhere else where what is staged at `staged` is shown. Reads the whole mount table.
+    fn shown_at(&self, staged: &Path) -> Result<Vec<PathBuf>> {
+        mounts::binds_of(staged)
+    }
+
+    /// The device of this volume is shown at one path less: what `read_only_device` made for it may go, if nobody else uses it.
     fn release(&self, _: &VolumeId) -> Result<()> {
         Ok(())
     }

@@ -77,6 +77,11 @@ pub fn is_mount(path: &Path) -> Result<bool> {
     Ok(Place::at(path)?.is_some_and(|place| place.is_mount()))
 }
 
+/// Is a block device's file at this path?
+pub fn is_device(path: &Path) -> Result<bool> {
+    Ok(Place::at(path)?.is_some_and(|place| place.device_file().is_some()))
+}
+
 /// Opens an empty place to mount on, made if missing; with whether it was.
 ///
 /// # Errors

@@ -117,8 +117,11 @@ impl Node for Front {
                 if mounts::is_mount(target.as_path())? && !backend.is_at(&id, target.as_path())? {
                     fail!(Precondition, "what is mounted at {target} is not {id}: left alone");
                 }
+                let was_device = mounts::is_device(target.as_path())?;
                 mounts::ensure_gone(target.as_path())?;
-                backend.release(&id)?;
+                if was_device {
+                    backend.release(&id)?;
+                }
                 backend.ephemeral().map_or(Ok(()), |ephemeral| ephemeral.ensure_gone(&id))
             })
             .await?;
@@ -266,7 +269,7 @@ impl Publish {
         }
         if capability.mode == AccessMode::SingleNodeSingleWriter
             && let Some(other) =
-                mounts::binds_of(source.as_path())?.iter().find(|place| place.as_path() != target.as_path())
+                backend.shown_at(source.as_path())?.iter().find(|place| place.as_path() != target.as_path())
         {
             fail!(Precondition, "{id} is used by one pod at a time, and one has it at {}", other.display());
         }

@@ -67,6 +67,16 @@ impl Node for Nvme {
         }
     }
 
+    fn shown_at(&self, staged: &Path) -> Result<Vec<PathBuf>> {
+        let mut places = mounts::binds_of(staged)?;
+        if let Some((_, device)) = self.volume_at_path(staged)?
+            && let Some(view) = device.read_only_view()?
+        {
+            places.extend(mounts::users_of_device(&view.path)?);
+        }
+        Ok(places)
+    }
+
     fn release(&self, id: &VolumeId) -> Result<()> {
         match self.locate_volume(id)?.map(|located| loops::find(&located.image())).transpose()?.flatten() {
             Some(device) => self.release_view(&device),
@@ -106,7 +116,7 @@ impl Stats for Nvme {
         let Some((_, device)) = self.volume_at_path(path)?.filter(|(there, _)| self.answers_to(there, id)) else {
             return Ok(None);
         };
-        if Place::at(path)?.is_some_and(|place| place.device_file().is_some()) {
+        if mounts::is_device(path)? {
             return Ok(Some(Usage::Block { total: device.size()? }));
         }
         let [bytes, inodes] = filesystem::usage(path)?;
@@ -150,7 +160,7 @@ impl NodeGrowth for Nvme {
             view.refresh_size()?;
         }
         if let Contents::Filesystem(kind) = descriptor.contents
-            && Place::at(place)?.is_some_and(|place| place.device_file().is_none())
+            && !mounts::is_device(place)?
         {
             kind.grow(&device.path, place)?;
         }
