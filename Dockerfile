@@ -25,7 +25,7 @@ LABEL org.opencontainers.image.title="Berth" \
       org.opencontainers.image.licenses="Apache-2.0" \
       org.opencontainers.image.version="${VERSION}" \
       org.opencontainers.image.revision="${REVISION}"
-# mkfs.xfs; mkfs.ext4, e2fsck and resize2fs. Everything else (mounting, loop devices, growing) Berth asks of the kernel.
+# mkfs.xfs; mkfs.ext4, and e2fsck for a person with a damaged volume. Everything else (mounting, loop devices, growing) Berth asks of the kernel.
 RUN apt-get update \
     && apt-get install -y --no-install-recommends e2fsprogs xfsprogs \
     && rm -rf /var/lib/apt/lists/*

@@ -147,7 +147,7 @@ fn fio(job: &Job, file: &Path, report: &Path, run: Run) -> Result<f64> {
         arguments.extend(["--time_based".to_owned(), format!("--runtime={seconds}"), "--ramp_time=1".to_owned()]);
     }
     let deadline = Duration::from_secs(u64::from(seconds) + 300);
-    command::run("fio", &arguments, &[], deadline)?;
+    command::run("fio", &arguments, deadline)?;
     let report: Value = serde_json::from_slice(&std::fs::read(report)?).context("fio's report is no JSON")?;
     let direction = if job.pattern.ends_with("read") { "read" } else { "write" };
     report["jobs"][0][direction]["bw_bytes"].as_f64().context("fio's report names no bandwidth")

@@ -1,6 +1,5 @@
 //! File systems on block devices: made, mounted, grown, measured.
 
-use std::ffi::OsStr;
 use std::fs::File;
 use std::io::{Seek, SeekFrom};
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -60,13 +59,13 @@ impl Kind {
         let device = device.as_os_str();
         let arguments: Vec<_> =
             ours.iter().map(AsRef::as_ref).chain(options.iter().map(AsRef::as_ref)).chain([device]).collect();
-        command::run(program, &arguments, &[], deadline)
+        command::run(program, &arguments, deadline)
     }
 
     /// Makes the file system of the device, mounted at `path`, as big as the device is. Big enough is fine.
     ///
     /// # Errors
-    /// `Precondition` for ext4 without CAP_SYS_RESOURCE: `grow_unmounted` needs none.
+    /// As [`Self::check_growth`].
     pub fn grow(self, device: &Path, path: &Path) -> Result<()> {
         let what = || format!("cannot grow the file system at {}", path.display());
         let root = File::open(path).context(what)?;
@@ -74,31 +73,32 @@ impl Kind {
         match self {
             Self::Ext4 => match ext4::blocks_missing(device, size)? {
                 None => Ok(()),
-                Some(_) if !may_grow_mounted_ext4() => fail!(
-                    Precondition,
-                    "ext4 grows while mounted only with CAP_SYS_RESOURCE, which this process lacks: \
-                     {} will grow when it is next staged",
-                    path.display()
-                ),
-                Some(blocks) => rustix::fs::ext4_ioc_resize_fs(&root, blocks).context(what),
+                Some(blocks) => {
+                    self.check_growth()?;
+                    rustix::fs::ext4_ioc_resize_fs(&root, blocks).context(what)
+                }
             },
             Self::Xfs => xfs::grow(&root, size).context(what),
         }
     }
 
-    /// Before mounting, makes a file system as big as its device if it could not grow once mounted.
-    pub fn grow_unmounted(self, device: &Path, deadline: Duration) -> Result<()> {
-        if self == Self::Xfs || may_grow_mounted_ext4() || ext4::blocks_missing(device, device_size(device)?)?.is_none()
-        {
-            return Ok(());
+    /// Can this process make a mounted file system of this kind bigger? resize2fs could do it unmounted with fewer
+    /// rights, but leaves a ruin when it is interrupted.
+    ///
+    /// # Errors
+    /// `Precondition`, with what is missing.
+    pub fn check_growth(self) -> Result<()> {
+        if self == Self::Ext4 && !has_sys_resource() {
+            fail!(
+                Precondition,
+                "ext4 grows only with CAP_SYS_RESOURCE, which this process lacks: give it to the driver, or use xfs"
+            );
         }
-        // 1: something was repaired, such as a journal that was replayed.
-        command::run("e2fsck", &[OsStr::new("-f"), OsStr::new("-p"), device.as_os_str()], &[1], deadline)?;
-        command::run("resize2fs", &[device.as_os_str()], &[], deadline)
+        Ok(())
     }
 }
 
-fn may_grow_mounted_ext4() -> bool {
+fn has_sys_resource() -> bool {
     rustix::thread::capabilities(None)
         .is_ok_and(|sets| sets.effective.contains(rustix::thread::CapabilitySet::SYS_RESOURCE))
 }

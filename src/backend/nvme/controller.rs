@@ -146,6 +146,11 @@ impl Nvme {
             let least = format_bytes(origin.size);
             fail!(OutOfRange, "a volume made from {:?} needs at least {least}", origin.source);
         }
+        if let Contents::Filesystem(kind) = contents
+            && origin.as_ref().is_some_and(|origin| size > origin.size)
+        {
+            kind.check_growth()?;
+        }
         let pool = self.choose_pool(class.pool.as_deref(), origin.as_ref())?;
         let mut fresh = VolumeDescriptor::new(id.as_str(), spec.name.as_str(), size, 0, contents);
         fresh.mkfs_options = class.mkfs_options;

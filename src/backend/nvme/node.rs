@@ -146,6 +146,11 @@ impl NodeGrowth for Nvme {
             fail!(OutOfRange, "{id} has {} bytes already, and volumes never shrink", descriptor.size);
         }
         if wanted > descriptor.size {
+            if let Contents::Filesystem(kind) = descriptor.contents
+                && !mounts::is_device(place)?
+            {
+                kind.check_growth()?;
+            }
             let image = located.image();
             located.pool.open()?.grow(id.as_str(), wanted, || {
                 let what = || format!("cannot grow {}", image.display());

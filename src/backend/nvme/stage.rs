@@ -74,7 +74,6 @@ impl Nvme {
         }
         let device = self.attach(located, &descriptor, true)?;
         self.ensure_filesystem(located, &mut descriptor, kind, &device)?;
-        kind.grow_unmounted(&device.path, self.command_deadline)?;
         filesystem::mount(&device.path, kind.name(), options, directory)?;
         if options.read_only {
             return Ok(());
