@@ -10,6 +10,8 @@ mod node;
 mod parse;
 mod reply;
 mod status;
+#[cfg(test)]
+mod tests;
 
 pub use call::Front;
 pub(crate) use status::name as code_name;
