@@ -51,6 +51,65 @@ async fn a_killed_driver_is_not_noticed_by_a_program_that_writes() {
     lab.assert_clean();
 }
 
+/// > However often a volume is staged, one device is on its image, and all see the same.
+#[tokio::test]
+async fn a_volume_that_is_staged_twice_has_one_device() {
+    skip_unless!(is_root(), "needs root");
+    let (lab, client) = Lab::on("xfs", 4 * GI).await;
+    for usage in [Use::fs("xfs"), Use::fs("ext4"), Use::block()] {
+        let first = client.make_and_mount(&lab, "first", GI, &usage).await;
+        let second = client.mount(&lab, &first.id, "second", &usage).await;
+        assert_eq!(lab.loops().len(), 1);
+        if !usage.block {
+            write(first.file("f"), "seen");
+            assert_eq!(read(second.file("f")), b"seen");
+        }
+        client.unmount(&first).await;
+        client.stage(&second.id, &second.staging, &usage).await.unwrap();
+        assert_eq!(lab.loops().len(), 1);
+        client.remove(&second).await;
+    }
+    lab.assert_clean();
+}
+
+/// > Two processes that serve one pool, such as a controller and a node, promise its space once.
+#[tokio::test]
+async fn two_processes_count_one_pool_alike() {
+    skip_unless!(is_root(), "needs root");
+    let mut lab = Lab::without_driver("xfs", 16 * GI);
+    lab.config.pool = lab.config.pool.replace('}', ", cap: 8Gi}");
+    let controller = lab.start().await;
+    let mut other = Lab::bare();
+    other.config.pool = lab.config.pool.clone();
+    let node = other.start().await;
+    let id = controller.create("a", GI, &Use::default()).await;
+    assert_eq!(node.capacity().await.available_capacity, 7 * GI);
+    let mounted = node.mount(&lab, &id, "a", &Use::default()).await;
+    assert_eq!(node.expand(&id, &mounted.target, 4 * GI).await.unwrap(), 4 * GI);
+    assert_eq!(controller.capacity().await.available_capacity, 4 * GI);
+    let mut calls = tokio::task::JoinSet::new();
+    for number in 0..16 {
+        let client = if number % 2 == 0 { controller.clone() } else { node.clone() };
+        calls.spawn(async move { client.try_create(Client::request(&format!("v{number}"), GI, &Use::block())).await });
+    }
+    let mut made = Vec::new();
+    while let Some(result) = calls.join_next().await {
+        match result.unwrap() {
+            Ok(volume) => made.push(volume.volume_id),
+            Err(status) => assert_eq!(status.code(), Code::ResourceExhausted, "{status}"),
+        }
+    }
+    assert_eq!(made.len(), 4);
+    for (number, id) in made.iter().enumerate() {
+        [&controller, &node][number % 2].delete(id).await.unwrap();
+    }
+    node.unmount(&mounted).await;
+    controller.delete(&id).await.unwrap();
+    assert_eq!(controller.capacity().await, node.capacity().await);
+    assert_eq!(node.list().await, Vec::<String>::new());
+    lab.assert_clean();
+}
+
 /// > Several pods of one node share a ReadWriteOnce volume.
 /// > A ReadWriteOncePod volume is at one target path at a time.
 #[tokio::test]

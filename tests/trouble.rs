@@ -245,6 +245,22 @@ async fn only_what_is_positively_blank_is_formatted() {
     assert_eq!(&bytes, b"somebody's data");
     lab.assert_no_places();
     client.delete(&id).await.unwrap();
+    // A mkfs that was interrupted is begun anew, on an image with nothing left of it.
+    let id = client.create("c", GI, &Use::fs("ext4")).await;
+    let folder = lab.pool().join("volumes").join(&id);
+    let descriptor =
+        std::fs::read_to_string(folder.join("volume.json")).unwrap().replace("\"blank\"", "\"formatting\"");
+    std::fs::write(folder.join("volume.json"), &descriptor).unwrap();
+    assert!(descriptor.contains("formatting"));
+    let file = std::fs::File::options().read(true).write(true).open(folder.join("image")).unwrap();
+    std::os::unix::fs::FileExt::write_all_at(&file, b"half a file system", 900 << 20).unwrap();
+    file.sync_all().unwrap();
+    let mounted = client.mount(&lab, &id, "c", &Use::fs("ext4")).await;
+    client.unmount(&mounted).await;
+    let mut bytes = [1; 18];
+    std::os::unix::fs::FileExt::read_exact_at(&file, &mut bytes, 900 << 20).unwrap();
+    assert_eq!(bytes, [0; 18]);
+    client.delete(&id).await.unwrap();
     // A file system that can't be mounted is an error, not a reason for a new one.
     let mounted = client.make_and_mount(&lab, "b", GI, &Use::fs("ext4")).await;
     client.unmount(&mounted).await;
