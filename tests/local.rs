@@ -51,6 +51,36 @@ async fn a_killed_driver_is_not_noticed_by_a_program_that_writes() {
     lab.assert_clean();
 }
 
+/// > A volume that has grown is whole on its disk: its snapshots can be mounted, and so can it after a power cut.
+#[tokio::test]
+async fn a_volume_that_has_grown_can_be_restored() {
+    skip_unless!(is_root(), "needs root");
+    let (mut lab, mut client) = Lab::on("xfs", 16 * GI).await;
+    let usage = Use::fs("xfs");
+    let mounted = client.make_and_mount(&lab, "a", 302 * MI, &usage).await;
+    let mut size = 302 * MI;
+    for round in 0..8_i64 {
+        for file in 0..6 {
+            write(mounted.file(&format!("before-{file}")), vec![7; usize::try_from(100_000 * (round + 1)).unwrap()]);
+        }
+        size += (5 + round * 4) * MI;
+        client.expand(&mounted.id, &mounted.target, size).await.unwrap();
+        for file in 0..6 {
+            write(mounted.file(&format!("after-{file}")), vec![8; usize::try_from(90_000 * (round + 1)).unwrap()]);
+        }
+        // The image as it is on the disk is what a power cut would leave.
+        let snapshot = client.snapshot(&mounted.id, &format!("s{round}")).await.unwrap().snapshot_id;
+        let copy = client.create_from(&format!("c{round}"), size, &usage, from_snapshot(&snapshot)).await.unwrap();
+        let copy = client.mount(&lab, &copy.volume_id, "copy", &usage).await;
+        assert!(read(copy.file("after-5")).iter().all(|byte| *byte == 8));
+        client.remove(&copy).await;
+        client.delete_snapshot(&snapshot).await.unwrap();
+        client = lab.restart().await;
+    }
+    client.remove(&mounted).await;
+    lab.assert_clean();
+}
+
 /// > However often a volume is staged, one device is on its image, and all see the same.
 #[tokio::test]
 async fn a_volume_that_is_staged_twice_has_one_device() {

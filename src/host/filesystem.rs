@@ -62,20 +62,20 @@ impl Kind {
         command::run(program, &arguments, deadline)
     }
 
-    /// Makes the file system of the device, mounted at `path`, as big as the device is. Big enough is fine.
+    /// Makes the file system of the device, mounted at `path`, as big as the device is. `false`: it was already.
     ///
     /// # Errors
     /// As [`Self::check_growth`].
-    pub fn grow(self, device: &Path, path: &Path) -> Result<()> {
+    pub fn grow(self, device: &Path, path: &Path) -> Result<bool> {
         let what = || format!("cannot grow the file system at {}", path.display());
         let root = File::open(path).context(what)?;
         let size = device_size(device)?;
         match self {
             Self::Ext4 => match ext4::blocks_missing(device, size)? {
-                None => Ok(()),
+                None => Ok(false),
                 Some(blocks) => {
                     self.check_growth()?;
-                    rustix::fs::ext4_ioc_resize_fs(&root, blocks).context(what)
+                    rustix::fs::ext4_ioc_resize_fs(&root, blocks).map(|()| true).context(what)
                 }
             },
             Self::Xfs => xfs::grow(&root, size).context(what),
@@ -193,6 +193,33 @@ fn kernel_messages(context: &OwnedFd) -> String {
     all
 }
 
+/// Writes all of the file system at `path` to its device, and holds up writers until it is thawed.
+pub fn freeze(path: &Path) -> Result<()> {
+    freezing(path, FIFREEZE)
+}
+
+/// Lets writers go on. Not frozen is fine.
+pub fn thaw(path: &Path) -> Result<()> {
+    freezing(path, FITHAW)
+}
+
+/// Numbers of `linux/fs.h`.
+const FIFREEZE: libc::Ioctl = 0xC004_5877_u32 as libc::Ioctl;
+const FITHAW: libc::Ioctl = 0xC004_5878_u32 as libc::Ioctl;
+
+fn freezing(path: &Path, request: libc::Ioctl) -> Result<()> {
+    let what = || format!("cannot freeze or thaw the file system at {}", path.display());
+    let root = File::open(path).context(what)?;
+    #[expect(unsafe_code, reason = "no crate wraps these")]
+    // SAFETY: both requests ignore their argument, so the kernel follows no pointer.
+    let result = unsafe { libc::ioctl(root.as_raw_fd(), request, 0) };
+    match std::io::Error::last_os_error() {
+        _ if result >= 0 => Ok(()),
+        error if request == FITHAW && error.raw_os_error() == Some(libc::EINVAL) => Ok(()),
+        error => Err(error).context(what),
+    }
+}
+
 /// How many errors ext4 has recorded since the file system was last checked; 0 for file systems that don't count.
 pub fn recorded_errors(device: &Path) -> u64 {
     let name = device.file_name().unwrap_or_default().to_string_lossy();
@@ -277,14 +304,15 @@ mod xfs {
 
     const _: () = assert!(size_of::<Geometry>() == 112 && size_of::<Growth>() == 16);
 
-    pub(super) fn grow(root: &File, size: u64) -> std::io::Result<()> {
+    pub(super) fn grow(root: &File, size: u64) -> std::io::Result<bool> {
         let mut geometry = Geometry::default();
         call(root, XFS_IOC_FSGEOMETRY_V1, &mut geometry)?;
         let blocks = size / u64::from(geometry.block_size.max(1));
         if blocks <= geometry.data_blocks {
-            return Ok(());
+            return Ok(false);
         }
-        call(root, XFS_IOC_FSGROWFSDATA, &mut Growth { blocks, inode_percent: geometry.inode_percent })
+        call(root, XFS_IOC_FSGROWFSDATA, &mut Growth { blocks, inode_percent: geometry.inode_percent })?;
+        Ok(true)
     }
 
     fn call<T>(root: &File, request: libc::Ioctl, argument: &mut T) -> std::io::Result<()> {

@@ -5,6 +5,7 @@
 //! the request's name and this node's, so a retry finds what an interrupted call left, and another node's volume is
 //! never mistaken for one that is gone. Nothing here knows gRPC, kubelet or other back ends.
 
+mod checkpoint;
 mod controller;
 mod descriptor;
 mod ephemeral;
@@ -87,6 +88,9 @@ impl Nvme {
 
     /// Finishes what a crash left half done, and says in the log what this node's pools can and can't do.
     pub fn start(&self) {
+        if let Err(error) = self.thaw_leftovers() {
+            tracing::error!(%error, "cannot tell whether a volume was left frozen");
+        }
         for pool in &self.pools {
             match pool.ask(|_| ()).and_then(|()| pool.has_reflink()) {
                 Ok(true) => tracing::info!(pool = pool.name(), "pool is ready, with snapshots"),

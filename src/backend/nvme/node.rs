@@ -7,6 +7,7 @@ use super::descriptor::{Contents, Descriptor, VolumeDescriptor};
 use super::{Nvme, Sort};
 use crate::backend::{Ephemeral, Node, NodeGrowth, NodeHealth, STAGED_DEVICE, Stage, Stats};
 use crate::error::{Context, Result};
+use crate::host::filesystem::Kind;
 use crate::host::loops::LoopDevice;
 use crate::host::mounts::Place;
 use crate::host::{files, filesystem, loops, mounts, paths};
@@ -168,6 +169,10 @@ impl NodeGrowth for Nvme {
             && !mounts::is_device(place)?
         {
             kind.grow(&device.path, place)?;
+            // Also when it had grown already: the call before may have died in between.
+            if kind == Kind::Xfs {
+                self.checkpoint(&located, place)?;
+            }
         }
         Ok(Some(descriptor.size))
     }

@@ -79,7 +79,12 @@ impl Nvme {
             return Ok(());
         }
         // A restored volume may be bigger than its snapshot, and an expansion may have been interrupted here.
-        kind.grow(&device.path, path.as_path()).inspect_err(|_| {
+        let grown = kind.grow(&device.path, path.as_path());
+        let settled = grown.and_then(|grew| match kind {
+            Kind::Xfs if grew => self.checkpoint(located, path.as_path()),
+            _ => Ok(()),
+        });
+        settled.inspect_err(|_| {
             let _ = mounts::ensure_unmounted(path.as_path());
         })
     }

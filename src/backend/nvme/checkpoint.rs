@@ -1,0 +1,49 @@
+//! Getting a grown XFS onto its disk.
+//!
+//! After growing, XFS has the new size in its journal and in memory, but not yet in the superblock on the disk, and no
+//! sync writes that one. Whatever reads the disk as it is then (a snapshot, a clone, the same volume after a power cut)
+//! can't replay the journal: it speaks of places beyond the end. Freezing writes the superblock, and thawing lets
+//! programs go on, a few milliseconds later. Between the two the volume's folder has a mark, so that the successor of a
+//! driver that died just then finds what to thaw, and never thaws what somebody else has frozen.
+
+use std::fs::File;
+use std::path::Path;
+
+use super::{Located, Nvme, Sort};
+use crate::error::{Context, Result};
+use crate::host::{filesystem, loops, mounts};
+
+const MARK: &str = "frozen";
+
+impl Nvme {
+    /// Writes all of the file system that is mounted at `path`, superblock and all, to its device.
+    pub(super) fn checkpoint(&self, located: &Located<'_>, path: &Path) -> Result<()> {
+        let mark = located.folder.join(MARK);
+        let what = || format!("cannot mark {}", located.folder.display());
+        File::create(&mark).context(what)?;
+        filesystem::freeze(path)?;
+        filesystem::thaw(path)?;
+        std::fs::remove_file(&mark).context(what)
+    }
+
+    /// Thaws what a driver that died has left frozen.
+    pub(super) fn thaw_leftovers(&self) -> Result<()> {
+        for pool in &self.pools {
+            for id in pool.ask(|books| books.volumes.keys().cloned().collect::<Vec<_>>())? {
+                let located = Located { pool, folder: pool.folder(Sort::Volume, &id) };
+                let mark = located.folder.join(MARK);
+                if !mark.exists() {
+                    continue;
+                }
+                if let Some(device) = loops::find(&located.image())?
+                    && let Some(place) = mounts::users_of_device(&device.path)?.iter().find(|place| place.is_dir())
+                {
+                    tracing::warn!(volume.id = id, "thawing what an interrupted call left frozen");
+                    filesystem::thaw(place)?;
+                }
+                std::fs::remove_file(&mark).context(|| format!("cannot remove {}", mark.display()))?;
+            }
+        }
+        Ok(())
+    }
+}
