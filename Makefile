@@ -3,7 +3,7 @@
 export CARGO_TERM_COLOR ?= auto
 
 DRIVER ?= nvme
-quickstart_args = $(if $(KEEP),--keep) $(if $(AT),--path $(AT))
+quickstart_args = $(if $(KEEP),--keep) $(if $(AT),--path "$(AT)")
 
 .PHONY: help quickstart build check test sanity bench clean
 

@@ -8,6 +8,7 @@ use berth::backend::Backend;
 use berth::backend::nvme::Nvme;
 use berth::cli::{self, Arguments, Command, ConfigCommand};
 use berth::config::{BackendKind, Config, Driver};
+use berth::locks::Locks;
 use berth::rpc::Front;
 use berth::telemetry::{self, Metrics};
 use clap::Parser;
@@ -50,13 +51,17 @@ fn run(arguments: Arguments) -> anyhow::Result<()> {
     }
 }
 
-/// Sockets of one driver name share its back end and its locks.
+/// Sockets of one driver name share all; drivers over one back end share that, and its locks.
 fn drivers(config: &Config, metrics: &Arc<Metrics>) -> Vec<(Driver, Front)> {
+    let mut backends = BTreeMap::new();
     let mut fronts: BTreeMap<&str, Front> = BTreeMap::new();
     for driver in &config.drivers {
+        let shared = backends
+            .entry(driver.backend)
+            .or_insert_with(|| (backend(driver.backend, config), Locks::default()))
+            .clone();
         fronts.entry(&driver.name).or_insert_with(|| {
-            let backend = backend(driver.backend, config);
-            Front::new(&driver.name, config.node.clone(), backend, config.deadlines, metrics.clone())
+            Front::new(&driver.name, config.node.clone(), shared, config.deadlines, metrics.clone())
         });
     }
     config.drivers.iter().map(|driver| (driver.clone(), fronts[driver.name.as_str()].clone())).collect()

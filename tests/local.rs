@@ -343,7 +343,7 @@ async fn a_repeated_request_is_compared_and_not_just_found() {
         differ(|r| r.capacity_range.as_mut().unwrap().required_bytes = 2 * GI),
         differ(|r| r.volume_capabilities = vec![Use::fs("ext4").message()]),
         differ(|r| r.volume_capabilities = vec![Use::block().message()]),
-        differ(|r| r.parameters = map(&[("mkfsOptions", "-K")])),
+        differ(|r| r.parameters = map(&[("mkfsOptions", "-L other")])),
     ] {
         let message = refused(client.try_create(other).await, Code::AlreadyExists);
         assert!(message.contains("exists, but"), "{message}");
@@ -559,6 +559,36 @@ async fn capacity_counts_promises_and_a_thin_pool_only_bytes() {
     lab.assert_clean();
 }
 
+/// > What else lies on the pool's file system is not promised, nor is what snapshots will yet need.
+#[tokio::test]
+async fn a_promise_holds_beside_what_somebody_else_stores() {
+    skip_unless!(is_root(), "needs root");
+    let (lab, client) = Lab::on("xfs", 2 * GI).await;
+    run("fallocate", &["-l", "800M", lab.pool().join("stranger").to_str().unwrap()]);
+    let mounted = client.make_and_mount(&lab, "a", 400 * MI, &Use::block()).await;
+    let device = std::fs::File::options().write(true).open(&mounted.target).unwrap();
+    let fill = |byte| {
+        for at in 0..400 {
+            device.write_all_at(&vec![byte; 1 << 20], at << 20).unwrap();
+        }
+        device.sync_all().unwrap();
+    };
+    fill(1);
+    let before = client.capacity().await.available_capacity;
+    let snapshot = client.snapshot(&mounted.id, "s").await.unwrap().snapshot_id;
+    let after = client.capacity().await.available_capacity;
+    assert!(before - after >= 400 * MI, "{before} {after}");
+    // Everything that is left, to the block, and then the volume is written anew.
+    let rest = client.create("rest", after / MI * MI, &Use::block()).await;
+    assert!(client.capacity().await.available_capacity < MI);
+    fill(2);
+    drop(device);
+    client.remove(&mounted).await;
+    client.delete(&rest).await.unwrap();
+    client.delete_snapshot(&snapshot).await.unwrap();
+    lab.assert_clean();
+}
+
 /// > A loop device does direct I/O, in blocks of the size that the pool's disk has.
 #[tokio::test]
 async fn loop_devices_do_direct_io_in_the_disks_block_size() {
@@ -605,7 +635,13 @@ async fn options_reach_mount_and_mkfs() {
         assert!(options.contains(option), "{options}");
     }
     client.remove(&mounted).await;
-    for (key, value) in [("mkfsOptions", "-J device=/dev/sda"), ("mkfsoptions", "-m 0"), ("Pool", "main")] {
+    for (key, value) in [
+        ("mkfsOptions", "-J device=/dev/sda"),
+        ("mkfsOptions", "-d ."),
+        ("mkfsOptions", "-d agcount=4"),
+        ("mkfsoptions", "-m 0"),
+        ("Pool", "main"),
+    ] {
         request.parameters = map(&[(key, value)]);
         refused(client.try_create(request.clone()).await, Code::InvalidArgument);
     }

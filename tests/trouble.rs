@@ -106,6 +106,11 @@ async fn a_place_in_use_is_left_alone() {
     );
     assert!(message.contains("stage it first"), "{message}");
     assert!(!Path::new(&lab.target("x")).exists());
+    // Nor what lies below our own mount.
+    refused(client.publish(&mounted.id, &mounted.staging, &foreign, &Use::default()).await, Code::FailedPrecondition);
+    run("mount", &["--bind", &mounted.staging, &foreign]);
+    refused(client.unpublish(&mounted.id, &foreign).await, Code::FailedPrecondition);
+    run("mountpoint", &["-q", &foreign]);
     // A busy mount is not torn away.
     let held = std::fs::File::open(mounted.file(".")).unwrap();
     refused(client.unpublish(&mounted.id, &mounted.target).await, Code::Aborted);
@@ -225,7 +230,13 @@ async fn a_vanished_image_is_reported_and_can_be_taken_away() {
     assert_eq!(lab.mounts(), Vec::<String>::new());
     client.delete(&mounted.id).await.unwrap();
     client.delete(&second).await.unwrap();
+    // The device of a block volume is held by nobody but us.
+    let block = client.make_and_mount(&lab, "block", GI, &Use::block()).await;
+    std::fs::remove_file(image(&block.id)).unwrap();
+    client.remove(&block).await;
     lab.assert_clean();
+    let deleted = run("losetup", &["-a"]).lines().filter(|line| line.contains(&block.id)).count();
+    assert_eq!(deleted, 0);
 }
 
 /// > A blank volume is formatted once; what holds anything is never formatted.
@@ -312,7 +323,70 @@ async fn a_pool_may_be_missing_read_only_or_full() {
     assert_eq!(lab.entries("volumes").len(), 1);
     assert_eq!(lab.entries("tmp").len(), 0);
     std::fs::remove_file(format!("{pool}/stranger")).unwrap();
+    let free = run("df", &["--output=avail", "-B1", &pool]).lines().last().unwrap().trim().parse::<i64>().unwrap();
+    run("fallocate", &["-l", &(free - MI).to_string(), &format!("{pool}/stranger")]);
+    assert_eq!(client.storage_health().await, ["PoolFull"]);
+    std::fs::remove_file(format!("{pool}/stranger")).unwrap();
     client.delete(&id).await.unwrap();
+    lab.assert_clean();
+}
+
+/// > A pool that is missing holds up no volume of another pool, and no pod's end.
+#[tokio::test]
+async fn a_missing_pool_holds_up_no_other() {
+    skip_unless!(is_root(), "needs root");
+    let mut lab = Lab::without_driver("xfs", 4 * GI);
+    let gone = lab.path("gone");
+    std::fs::create_dir(&gone).unwrap();
+    lab.config.pool = format!("{}\n  - {{name: gone, path: {}}}", lab.config.pool, gone.display());
+    std::fs::remove_dir(&gone).unwrap();
+    let client = lab.start().await;
+    assert_eq!(client.storage_health().await, ["PoolMissing"]);
+    let mounted = client.make_and_mount(&lab, "a", GI, &Use::default()).await;
+    client.remove(&mounted).await;
+    let target = lab.target("inline");
+    let mut request = Client::publication("csi-1", "", &target, &Use::default());
+    request.volume_context = map(&[("csi.storage.k8s.io/ephemeral", "true"), ("size", "1Gi")]);
+    client.node.clone().node_publish_volume(request).await.unwrap();
+    client.unpublish("csi-1", &target).await.unwrap();
+    client.unpublish("csi-unknown", &target).await.unwrap();
+    lab.assert_clean();
+}
+
+/// > Another disk at a pool's path is looked at anew.
+#[tokio::test]
+async fn another_disk_at_the_pools_path_is_looked_at_anew() {
+    skip_unless!(is_root(), "needs root");
+    let (lab, client) = Lab::on("xfs", 4 * GI).await;
+    let first = client.create("a", GI, &Use::default()).await;
+    let pool = lab.pool().to_str().unwrap().to_owned();
+    run("umount", &[&pool]);
+    std::fs::rename(lab.path("pool.img"), lab.path("first.img")).unwrap();
+    lab.make_pool("pool", "xfs", 8 * GI);
+    let second = client.create("b", 2 * GI, &Use::default()).await;
+    assert_eq!(client.list().await, [second.as_str()]);
+    run("umount", &[&pool]);
+    run("mount", &["-o", "loop", lab.path("first.img").to_str().unwrap(), &pool]);
+    assert_eq!(client.list().await, [first.as_str()]);
+    assert!(client.capacity().await.available_capacity < 3 * GI);
+    client.delete(&first).await.unwrap();
+    lab.assert_clean();
+}
+
+/// > A path may have spaces.
+#[tokio::test]
+async fn a_path_may_have_spaces() {
+    skip_unless!(is_root(), "needs root");
+    let (lab, client) = Lab::on("xfs", 4 * GI).await;
+    let usage = Use::mode(csi::volume_capability::access_mode::Mode::SingleNodeSingleWriter);
+    let mounted = client.make_and_mount(&lab, "with a space", GI, &usage).await;
+    client.publish(&mounted.id, &mounted.staging, &mounted.target, &usage).await.unwrap();
+    std::fs::write(mounted.file("f"), "not synced").unwrap();
+    let copy = client.create_from("b", GI, &usage, common::from_volume(&mounted.id)).await.unwrap();
+    let copy = client.mount(&lab, &copy.volume_id, "copy", &usage).await;
+    assert_eq!(read(copy.file("f")), b"not synced");
+    client.remove(&copy).await;
+    client.remove(&mounted).await;
     lab.assert_clean();
 }
 

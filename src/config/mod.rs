@@ -108,7 +108,7 @@ pub struct Driver {
 }
 
 /// The back ends that this build has.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum BackendKind {
     /// Local volumes.
     Nvme,
@@ -231,7 +231,7 @@ drivers:
         let mistakes = parse(
             "
 node: {name: '${HOME_NODE}', nmae: x}
-log: {format: xml}
+log: {format: xml, level: inof}
 http: {address: 9808}
 deadlines: {call: 0s}
 pools:
@@ -249,6 +249,7 @@ drivers:
             "node.name",
             "node.nmae",
             "log.format",
+            "log.level",
             "http.address",
             "deadlines.call",
             "pools[0].name",
@@ -279,6 +280,10 @@ drivers:
 pools: [{name: a, path: /a}, {name: a, path: /a}]
 drivers: [{backend: nvme, socket: /run/a}, {backend: nvme, role: node, socket: /run/a}]";
         assert_eq!(paths(twice), ["pools[1].name", "pools[1].path", "drivers[1].socket", "drivers[1].role"]);
+        let nested = "
+pools: [{name: a, path: /a, cap: 0}, {name: b, path: /a/b}]
+drivers: [{backend: nvme, socket: /run/a}]";
+        assert_eq!(paths(nested), ["pools[0].cap", "pools[1].path"]);
         assert_eq!(paths("- a"), ["", "drivers"]);
         assert!(parse("a: b: c").unwrap_err()[0].message.starts_with("this is not YAML"));
     }

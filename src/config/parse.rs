@@ -28,10 +28,7 @@ impl<'a> Reader<'a> {
             "json" => Ok(true),
             _ => Err("write text or json".to_owned()),
         });
-        let level = log.read("level", |text| match text.parse::<tracing_subscriber::EnvFilter>() {
-            Ok(_) => Ok(text.to_owned()),
-            Err(error) => Err(format!("write error, warn, info, debug or trace, or a filter: {error}")),
-        });
+        let level = log.read("level", log_level);
         log.end();
 
         let http = root.section("http");
@@ -75,7 +72,10 @@ impl<'a> Reader<'a> {
             Ok(text.to_owned())
         });
         let path = section.required("path", absolute);
-        let cap = section.read("cap", |text| parse_bytes(text).map_err(|error| error.to_string()));
+        let cap = section.read("cap", |text| match parse_bytes(text) {
+            Ok(0) => Err("nothing would fit: write a size, or leave it out".to_owned()),
+            size => size.map_err(|error| error.to_string()),
+        });
         let thin = section.read("thin", boolean).unwrap_or(Some(false));
         let fallback = section
             .read("fallback", |text| match text {
@@ -137,8 +137,9 @@ impl<'a> Reader<'a> {
                 if earlier.name == pool.name {
                     self.mistake::<()>(&format!("pools[{index}].name"), format!("{} is used twice", pool.name));
                 }
-                if earlier.path == pool.path {
-                    self.mistake::<()>(&format!("pools[{index}].path"), format!("is also pool {}'s", earlier.name));
+                if earlier.path.starts_with(&pool.path) || pool.path.starts_with(&earlier.path) {
+                    let message = format!("lies in pool {}, or that one in this", earlier.name);
+                    self.mistake::<()>(&format!("pools[{index}].path"), message);
                 }
             }
         }
@@ -177,6 +178,16 @@ fn socket_path(text: &str) -> Result<PathBuf, String> {
         return Err(format!("a socket's path has at most 107 bytes, and this has {}", text.len()));
     }
     absolute(text)
+}
+
+/// A filter takes any word for a module's name, so that a misspelt level would silence everything.
+fn log_level(text: &str) -> Result<String, String> {
+    let level = |word: &str| ["off", "error", "warn", "info", "debug", "trace"].contains(&word);
+    let part = |part: &str| part.rsplit_once('=').map_or(level(part), |(_, word)| level(word));
+    if !text.split(',').all(part) || text.parse::<tracing_subscriber::EnvFilter>().is_err() {
+        return Err("write error, warn, info, debug or trace, or parts such as info,berth=debug".to_owned());
+    }
+    Ok(text.to_owned())
 }
 
 fn boolean(text: &str) -> Result<bool, String> {

@@ -5,6 +5,7 @@
 
 mod busy;
 pub mod command;
+pub mod extents;
 pub mod files;
 pub mod filesystem;
 pub mod loops;

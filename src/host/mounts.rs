@@ -3,7 +3,9 @@
 //! The publish path asks about single paths (statx, statvfs) and never reads the mount table, which is as long as the
 //! machine has mounts. Only `binds_of` reads it.
 
+use std::ffi::{OsStr, OsString};
 use std::os::fd::OwnedFd;
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
 
 use procfs::process::MountInfo;
@@ -140,34 +142,23 @@ pub fn ensure_bind(source: &Path, target: &Path, read_only: bool) -> Result<()> 
     })
 }
 
-/// Takes away everything that is mounted at `path`, however high it is stacked. Nothing there is success.
+/// Takes away the uppermost mount at `path`. Nothing there is success.
 ///
 /// # Errors
 /// `Busy` while a process has something of it open.
-pub fn ensure_unmounted(path: &Path) -> Result<()> {
+pub fn unmount_top(path: &Path) -> Result<()> {
     let Some((parent, name)) = paths::open_parent(path)? else { return Ok(()) };
     let target = paths::of_fd(&parent).join(name);
-    loop {
-        let unmount = || rustix::mount::unmount(&target, UnmountFlags::NOFOLLOW);
-        match busy::settle(unmount, |result| *result == Err(Errno::BUSY)) {
-            Ok(()) => {}
-            Err(Errno::INVAL | Errno::NOENT) => return Ok(()),
-            Err(Errno::BUSY) => {
-                return Err(Error::caused(
-                    ErrorKind::Busy,
-                    format!("cannot unmount {}: a process still uses it", path.display()),
-                    std::io::Error::from(Errno::BUSY),
-                ));
-            }
-            Err(error) => return Err(Error::io(format!("cannot unmount {}", path.display()), error)),
-        }
+    let unmount = || rustix::mount::unmount(&target, UnmountFlags::NOFOLLOW);
+    match busy::settle(unmount, |result| *result == Err(Errno::BUSY)) {
+        Ok(()) | Err(Errno::INVAL | Errno::NOENT) => Ok(()),
+        Err(Errno::BUSY) => Err(Error::caused(
+            ErrorKind::Busy,
+            format!("cannot unmount {}: a process still uses it", path.display()),
+            std::io::Error::from(Errno::BUSY),
+        )),
+        Err(error) => Err(Error::io(format!("cannot unmount {}", path.display()), error)),
     }
-}
-
-/// Takes away what is mounted at `path`, and the empty directory or file that it was mounted on.
-pub fn ensure_gone(path: &Path) -> Result<()> {
-    ensure_unmounted(path)?;
-    paths::remove_empty(path)
 }
 
 /// Every other place that shows the same thing as the mount at `path`. Reads the whole mount table.
@@ -210,11 +201,32 @@ fn lines(table: &str) -> impl Iterator<Item = Line<'_>> {
 fn places(table: &str, fits: impl Fn(&Line<'_>) -> bool) -> Result<Vec<PathBuf>> {
     let parse = |line: Line<'_>| {
         let parsed = MountInfo::from_line(line.whole);
-        parsed.map(|mount| mount.mount_point).map_err(|error| {
+        parsed.map(|mount| unescaped(mount.mount_point.as_os_str())).map_err(|error| {
             Error::caused(ErrorKind::Internal, format!("cannot parse {:?} of the mount table", line.whole), error)
         })
     };
     lines(table).filter(|line| fits(line)).map(parse).collect()
+}
+
+/// proc_pid_mounts(5): a space, tab, line end or backslash stands there as three octal digits.
+fn unescaped(path: &OsStr) -> PathBuf {
+    let mut bytes = Vec::new();
+    let mut rest = path.as_bytes();
+    while let Some((first, tail)) = rest.split_first() {
+        let digits =
+            if *first == b'\\' { tail.get(..3).and_then(|digits| std::str::from_utf8(digits).ok()) } else { None };
+        match digits.and_then(|digits| u8::from_str_radix(digits, 8).ok()) {
+            Some(byte) => {
+                bytes.push(byte);
+                rest = &tail[3..];
+            }
+            None => {
+                bytes.push(*first);
+                rest = tail;
+            }
+        }
+    }
+    PathBuf::from(OsString::from_vec(bytes))
 }
 
 fn table() -> Result<String> {
@@ -253,9 +265,9 @@ mod tests {
                      40 21 7:3 / /pods/one rw,relatime shared:1 - xfs /dev/loop3 rw,attr2\n\
                      no line of a mount table\n\
                      41 21 0:5 /loop3 /pods/block rw master:2 - devtmpfs devtmpfs rw\n\
-                     42 21 7:3 /sub /pods/two ro,relatime - xfs /dev/loop3 rw\n";
+                     42 21 7:3 /sub /pods/a\\040b\\134c ro,relatime - xfs /dev/loop3 rw\n";
         let found = places(table, |line| line.device == "7:3" || (line.device == "0:5" && line.root == "/loop3"));
-        assert_eq!(found.unwrap(), ["/pods/one", "/pods/block", "/pods/two"].map(PathBuf::from));
+        assert_eq!(found.unwrap(), ["/pods/one", "/pods/block", "/pods/a b\\c"].map(PathBuf::from));
         assert!(places(table, |line| line.id == "no").is_err());
     }
 }

@@ -58,10 +58,7 @@ pub fn ensure(path: &Path, kind: Kind) -> Result<(OwnedFd, bool)> {
     let (parent, name) = open_parent(path)?
         .ok_or_else(|| Error::new(ErrorKind::Precondition, format!("the parent of {} is missing", path.display())))?;
     let made = match kind {
-        Kind::Directory => rustix::fs::mkdirat(&parent, name, DIRECTORY_MODE).and_then(|()| {
-            // The process' umask keeps all else private.
-            rustix::fs::chmodat(&parent, name, DIRECTORY_MODE, AtFlags::empty())
-        }),
+        Kind::Directory => rustix::fs::mkdirat(&parent, name, DIRECTORY_MODE),
         Kind::File => {
             let flags = OFlags::CREATE | OFlags::EXCL | OFlags::WRONLY | OFlags::CLOEXEC | OFlags::NOFOLLOW;
             rustix::fs::openat(&parent, name, flags, FILE_MODE).map(drop)
@@ -79,6 +76,11 @@ pub fn ensure(path: &Path, kind: Kind) -> Result<(OwnedFd, bool)> {
     if is_directory != (kind == Kind::Directory) {
         let (wanted, found) = if is_directory { ("file", "directory") } else { ("directory", "file") };
         fail!(Precondition, "{} is a {found}, but a {wanted} is needed", path.display());
+    }
+    if made && is_directory {
+        // The process' umask has made it more private. By its descriptor: the name may lead elsewhere by now.
+        rustix::fs::chmod(of_fd(&fd), DIRECTORY_MODE)
+            .context(|| format!("cannot open {} to its users", path.display()))?;
     }
     Ok((fd, made))
 }

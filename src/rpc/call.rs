@@ -34,10 +34,16 @@ pub struct Front {
 }
 
 impl Front {
-    /// The driver of this name over this back end.
-    pub fn new(driver: &str, node: NodeName, backend: Backend, deadlines: Deadlines, metrics: Arc<Metrics>) -> Self {
+    /// The driver of this name over this back end. Drivers over one back end share its locks.
+    pub fn new(
+        driver: &str,
+        node: NodeName,
+        (backend, locks): (Backend, Locks),
+        deadlines: Deadlines,
+        metrics: Arc<Metrics>,
+    ) -> Self {
         let slots = Arc::new(Semaphore::new(SLOTS));
-        Self { driver: driver.into(), node, backend, locks: Locks::default(), slots, deadlines, metrics }
+        Self { driver: driver.into(), node, backend, locks, slots, deadlines, metrics }
     }
 
     /// Is no call at work?

@@ -7,7 +7,7 @@ use tonic::{Request, Response, Status};
 use super::{Front, parse, reply};
 use crate::backend::{STAGED_DEVICE, Stage};
 use crate::error::{Error, ErrorKind, Result};
-use crate::host::mounts;
+use crate::host::{mounts, paths};
 use crate::proto::csi::{self, node_server::Node};
 use crate::secrets::Secrets;
 use crate::volume::{Access, AccessMode, Capability, MountPath, Parameters, VolumeId};
@@ -114,11 +114,14 @@ impl Node for Front {
             let target = MountPath::new("target_path", &request.target_path)?;
             let backend = self.backend.node.clone();
             self.work([id.to_string()], move || {
-                if mounts::is_mount(target.as_path())? && !backend.is_at(&id, target.as_path())? {
-                    fail!(Precondition, "what is mounted at {target} is not {id}: left alone");
-                }
                 let was_device = mounts::is_device(target.as_path())?;
-                mounts::ensure_gone(target.as_path())?;
+                while mounts::is_mount(target.as_path())? {
+                    if !backend.is_at(&id, target.as_path())? {
+                        fail!(Precondition, "what is mounted at {target} is not {id}: left alone");
+                    }
+                    mounts::unmount_top(target.as_path())?;
+                }
+                paths::remove_empty(target.as_path())?;
                 if was_device {
                     backend.release(&id)?;
                 }

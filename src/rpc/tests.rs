@@ -11,6 +11,7 @@ use super::Front;
 use crate::backend::{Backend, Controller, Growth, Modification, Node, Stage};
 use crate::config::Deadlines;
 use crate::error::Result;
+use crate::locks::Locks;
 use crate::proto::csi;
 use crate::proto::csi::controller_server::Controller as ControllerService;
 use crate::proto::csi::identity_server::Identity as IdentityService;
@@ -90,7 +91,13 @@ fn front(toy: Toy) -> (Front, Arc<Toy>) {
     let backend = Backend { controller: toy.clone(), node: toy.clone() };
     let deadlines =
         Deadlines { call: Duration::from_millis(100), lock: Duration::from_millis(10), ..Deadlines::default() };
-    let front = Front::new("toy.csi.berth.dev", NodeName::new("a").unwrap(), backend, deadlines, Arc::default());
+    let front = Front::new(
+        "toy.csi.berth.dev",
+        NodeName::new("a").unwrap(),
+        (backend, Locks::default()),
+        deadlines,
+        Arc::default(),
+    );
     (front, toy)
 }
 

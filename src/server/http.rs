@@ -21,9 +21,9 @@ use crate::error::{Context, Result};
 use crate::telemetry::Metrics;
 
 /// More connections than this at once are not probes.
-const CONNECTIONS: usize = 32;
+const CONNECTIONS: usize = 512;
 /// A client gets so long to send its request.
-const PATIENCE: Duration = Duration::from_secs(5);
+const PATIENCE: Duration = Duration::from_secs(1);
 
 pub(super) struct Http {
     listener: TcpListener,

@@ -8,7 +8,7 @@ use std::path::PathBuf;
 use super::descriptor::{Contents, Descriptor, VolumeDescriptor};
 use super::parameters::{ClassParameters, Wanted, check_capabilities};
 use super::pool::{self, IMAGE, Pool};
-use super::{Located, Nvme, Sort};
+use super::{Located, Nvme, Sort, mkfs};
 use crate::backend::{Capacity, Cloning, Controller, Listing, Page, PageRequest, Snapshots, VolumeHealth};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::host::filesystem::Kind;
@@ -112,12 +112,14 @@ impl Nvme {
     ) -> Result<Volume> {
         let wanted = check_capabilities(&spec.capabilities)?;
         let class = ClassParameters::parse(&spec.parameters)?;
-        let found = self.locate_in(self.pools_named(class.pool.as_deref()), sort, id.as_str());
-        let found = found.map_err(|error| match error.kind() {
-            // A pool that can't be looked into has no room either: let the volume go to another node.
-            ErrorKind::Unreachable => Error::caused(ErrorKind::Exhausted, "no room on this node", error),
-            _ => error,
-        })?;
+        let found = match self.locate_in(self.pools_named(class.pool.as_deref()), sort, id.as_str()) {
+            // What may lie in a pool that is missing was never handed out, or nobody would ask for it again.
+            Err(error) if error.kind() == ErrorKind::Unreachable => {
+                tracing::warn!(volume.id = %id, %error, "making it in another pool, or leaving it to another node");
+                None
+            }
+            found => found?,
+        };
         if let Some(located) = found {
             let present = VolumeDescriptor::read(&located.folder)?;
             compare(&present, wanted, spec, origin.as_ref())?;
@@ -135,6 +137,9 @@ impl Nvme {
             None => default,
             Some(range) => range.choose(default, minimum, STEP)?,
         };
+        if let (None, Some(kind)) = (&origin, wanted.filesystem(size)) {
+            mkfs::check(kind, &class.mkfs_options)?;
+        }
         let contents = match (&origin, wanted.filesystem(size)) {
             (_, None) => Contents::Raw,
             (None, Some(kind)) => Contents::Blank(kind),
@@ -158,7 +163,7 @@ impl Nvme {
         fresh.owner = spec.owner.clone();
         fresh.source = origin.as_ref().map(|origin| origin.source.clone());
         let writer = pool.open()?;
-        writer.create(sort, id.as_str(), size, |folder| {
+        writer.create(sort, id.as_str(), size, origin.is_some(), |folder| {
             let path = folder.join(IMAGE);
             let image = match &origin {
                 // What an interrupted mkfs left is nothing.

@@ -6,7 +6,7 @@
 use super::parameters::InlineAttributes;
 use super::{Nvme, Sort};
 use crate::backend::{Ephemeral, Stage};
-use crate::error::Result;
+use crate::error::{ErrorKind, Result};
 use crate::volume::{Access, AccessMode, Capability, MountPath, Name, Owner, Parameters, Spec, VolumeId};
 
 impl Ephemeral for Nvme {
@@ -23,7 +23,10 @@ impl Ephemeral for Nvme {
             places: Vec::new(),
         };
         let own = self.ephemeral_id(id)?;
-        let made = self.locate(Sort::Ephemeral, own.as_str())?.is_none();
+        let made = match self.locate(Sort::Ephemeral, own.as_str()) {
+            Err(error) if error.kind() == ErrorKind::Unreachable => true,
+            found => found?.is_none(),
+        };
         self.ensure_made(Sort::Ephemeral, &own, &spec, None)?;
         let stage = Stage { id: own.clone(), path: path.clone(), capability, context: Parameters::new() };
         let staged = match self.locate(Sort::Ephemeral, own.as_str())? {
@@ -42,7 +45,18 @@ impl Ephemeral for Nvme {
     }
 
     fn ensure_gone(&self, id: &VolumeId) -> Result<()> {
-        self.ensure_deleted(Sort::Ephemeral, self.ephemeral_id(id)?.as_str())
+        // A volume that CreateVolume made has no inline one beside it: nothing has to be looked for.
+        if self.is_ours(Sort::Volume, id.as_str()).is_some() {
+            return Ok(());
+        }
+        match self.ensure_deleted(Sort::Ephemeral, self.ephemeral_id(id)?.as_str()) {
+            Err(error) if error.kind() == ErrorKind::Unreachable => {
+                // Its pod may end all the same: the volume is no more at its path.
+                tracing::error!(volume.id = %id, %error, "an inline volume may be left in a pool that is missing");
+                Ok(())
+            }
+            done => done,
+        }
     }
 }
 

@@ -9,6 +9,7 @@ mod checkpoint;
 mod controller;
 mod descriptor;
 mod ephemeral;
+mod mkfs;
 mod node;
 mod parameters;
 mod pool;

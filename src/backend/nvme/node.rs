@@ -4,6 +4,7 @@ use std::fs::OpenOptions;
 use std::path::{Path, PathBuf};
 
 use super::descriptor::{Contents, Descriptor, VolumeDescriptor};
+use super::pool::{Pool, Trouble};
 use super::{Nvme, Sort};
 use crate::backend::{Ephemeral, Node, NodeGrowth, NodeHealth, STAGED_DEVICE, Stage, Stats};
 use crate::error::{Context, Result};
@@ -28,26 +29,29 @@ impl Node for Nvme {
     }
 
     fn ensure_unstaged(&self, id: &VolumeId, path: &MountPath) -> Result<()> {
-        let device = path.join(STAGED_DEVICE);
-        if self.is_at(id, device.as_path())? {
-            mounts::ensure_unmounted(device.as_path())?;
+        let file = path.join(STAGED_DEVICE);
+        // What is there is asked before it is taken away: an image that vanished can't be found by its name any more.
+        let mut shown = None;
+        for place in [path.as_path(), file.as_path()] {
+            while let Some((_, device)) = self.volume_at_path(place)?.filter(|(there, _)| there == id) {
+                mounts::unmount_top(place)?;
+                shown = Some(device);
+            }
         }
         // The file that the device was bound on; a mounted file system's own file of that name is not touched.
         if Place::at(path.as_path())?.is_some_and(|place| !place.is_mount()) {
-            paths::remove_empty(device.as_path())?;
-        } else if self.is_at(id, path.as_path())? {
-            mounts::ensure_unmounted(path.as_path())?;
+            paths::remove_empty(file.as_path())?;
         }
         // A block volume's device stays attached until now, and so does what a crash left.
-        match self.locate_volume(id) {
-            Ok(Some(located)) => match loops::find(&located.image())? {
-                Some(device)
-                    if self.release_view(&device).is_ok() && mounts::users_of_device(&device.path)?.is_empty() =>
-                {
-                    device.detach()
-                }
-                _ => Ok(()),
-            },
+        let attached = self.locate_volume(id).and_then(|located| match located {
+            Some(located) => loops::find(&located.image()),
+            None => Ok(None),
+        });
+        match attached.map(|found| found.or(shown)) {
+            Ok(Some(device)) => {
+                self.release_view(&device)?;
+                if mounts::users_of_device(&device.path)?.is_empty() { device.detach() } else { Ok(()) }
+            }
             Ok(None) => Ok(()),
             // It is gone from the path, which is what was asked for.
             Err(error) => {
@@ -203,7 +207,10 @@ impl NodeHealth for Nvme {
 
     fn storage(&self, _: &Secrets) -> Result<Vec<StorageProblem>> {
         let mut problems: Vec<StorageProblem> = Vec::new();
-        for trouble in self.pools.iter().filter_map(|pool| pool.state().err()) {
+        let full =
+            |pool: &Pool| Trouble { reason: "PoolFull", message: format!("pool {} has no room left", pool.name()) };
+        let trouble = |pool: &Pool| pool.state().err().or_else(|| pool.is_full().then(|| full(pool)));
+        for trouble in self.pools.iter().filter_map(trouble) {
             let status = match trouble.reason {
                 "PoolMissing" => StorageHealth::Unreachable,
                 _ => StorageHealth::Degraded,

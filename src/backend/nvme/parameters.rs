@@ -1,5 +1,6 @@
 //! What a class, an inline volume and mount options may say: one struct for each, unknown keys refused.
 
+use super::mkfs;
 use crate::error::Result;
 use crate::host::filesystem::{Attribute, Kind, MountOptions};
 use crate::volume::{Access, Capability, CapacityRange, MountFlag, Parameters, parse_bytes};
@@ -9,8 +10,7 @@ use crate::volume::{Access, Capability, CapacityRange, MountFlag, Parameters, pa
 pub(super) struct ClassParameters {
     /// `pool`: the name of a pool of the node's configuration. Absent: the pool with the most room.
     pub(super) pool: Option<String>,
-    /// `mkfsOptions`: words for mkfs, parted by spaces, such as `-m 0 -i 65536`. A word with `/` is refused, so
-    /// nothing outside the volume can be named.
+    /// `mkfsOptions`: options of the allow-list for mkfs, such as `-m 0 -i 65536`; see `mkfs.rs`.
     pub(super) mkfs_options: Vec<String>,
 }
 
@@ -30,10 +30,10 @@ impl ClassParameters {
             match key.as_str() {
                 "pool" => parsed.pool = Some(value.clone()),
                 "mkfsOptions" => {
-                    parsed.mkfs_options = value.split_whitespace().map(str::to_owned).collect();
-                    if value.contains('/') || value.chars().any(|c| c.is_control()) {
-                        fail!(Invalid, "parameter mkfsOptions {value:?} names a path or has a control character");
-                    }
+                    let words: Vec<_> = value.split_whitespace().map(str::to_owned).collect();
+                    // Which of the two it will be is known later, and checked again then.
+                    mkfs::check(Kind::Ext4, &words).or_else(|_| mkfs::check(Kind::Xfs, &words))?;
+                    parsed.mkfs_options = words;
                 }
                 _ => fail!(Invalid, "parameter {key:?} is not known; known: pool, mkfsOptions"),
             }

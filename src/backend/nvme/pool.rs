@@ -12,14 +12,17 @@
 //! nobody else has raised the generation; whoever changes the pool raises it first. So a crash, or another process at
 //! work on the same pool, leads to a fresh count and never to a wrong one.
 
+use std::cell::Cell;
 use std::collections::BTreeMap;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::SystemTime;
 
 use super::Sort;
 use crate::config::{self, Fallback};
-use crate::error::{Context, Error, Result};
+use crate::error::{Context, Result};
+use crate::host::extents;
 use crate::host::files::{self, FileLock};
 use crate::volume::{Available, format_bytes};
 
@@ -47,6 +50,8 @@ pub(super) struct Books {
     pub(super) volumes: BTreeMap<String, u64>,
     pub(super) snapshots: BTreeMap<String, u64>,
     trash: BTreeMap<String, u64>,
+    /// At most so many bytes will be needed yet, when blocks that copies share are written again.
+    saved: Cell<u64>,
 }
 
 /// Why a pool can't be used now.
@@ -115,6 +120,11 @@ impl Pool {
         }
     }
 
+    /// Has the file system no room even for what is small?
+    pub(super) fn is_full(&self) -> bool {
+        files::space(&self.config.path).is_ok_and(|space| space.free < space.total / (2 * HEADROOM))
+    }
+
     /// Can files here share blocks? Tried, not guessed, and once for each file system that turns up at the path.
     pub(super) fn has_reflink(&self) -> Result<bool> {
         let device = files::device_of(&self.config.path)?;
@@ -153,7 +163,17 @@ impl Pool {
             fail!(Exhausted, "{}", trouble.message);
         }
         let lock = FileLock::acquire(&self.config.path.join(LOCK))?;
-        let current = generation(lock.file());
+        let current = match generation(lock.file()) {
+            // A new pool: its generations shall never be those of another disk that is mounted here later.
+            0 => {
+                let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+                let first = u64::try_from(now.as_nanos()).unwrap_or(1);
+                write_generation(lock.file(), first)
+                    .context(|| format!("cannot write to the lock of {}", self.name()))?;
+                first
+            }
+            current => current,
+        };
         let books = match self.known_books().take().filter(|books| books.generation == current) {
             Some(books) => books,
             None => self.count(current)?,
@@ -166,15 +186,40 @@ impl Pool {
         if self.state().is_err() {
             return Ok(0);
         }
-        self.available_beside(self.ask(Books::promised)?)
+        self.ask(|books| self.available_beside(books))?
     }
 
-    fn available_beside(&self, promised: u64) -> Result<u64> {
+    /// Two limits: what the pool may hold less what it has promised, and what is free now less what it will yet need
+    /// for what it has promised. They differ when something else lies on the file system.
+    fn available_beside(&self, books: &Books) -> Result<u64> {
         let space = files::space(&self.config.path)?;
-        let left = |limit: u64| limit.saturating_sub(promised);
-        let capped = self.config.cap.map_or(u64::MAX, left);
-        let physical = if self.config.thin { space.free } else { left(space.total - space.total / HEADROOM) };
-        Ok(capped.min(physical).min(space.free))
+        let promised = books.promised();
+        let capped = self.config.cap.map_or(u64::MAX, |cap| cap.saturating_sub(promised));
+        if self.config.thin {
+            return Ok(capped.min(space.free));
+        }
+        let room = capped.min((space.total - space.total / HEADROOM).saturating_sub(promised));
+        if room.saturating_add(books.saved.get()) > space.free {
+            // What was noted is an upper bound. It matters now: look.
+            books.saved.set(self.count_saved()?);
+        }
+        Ok(room.min(space.free.saturating_sub(books.saved.get())))
+    }
+
+    /// How many bytes the images save by sharing blocks.
+    fn count_saved(&self) -> Result<u64> {
+        let mut shared = Vec::new();
+        for folder in ["volumes", "snapshots"] {
+            for id in self.sizes(folder)?.into_keys() {
+                let path = self.config.path.join(folder).join(id).join(IMAGE);
+                match std::fs::File::open(&path).and_then(|image| extents::shared(&image)) {
+                    Ok(found) => shared.extend(found),
+                    Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
+                    Err(error) => return Err(error).context(|| format!("cannot map {}", path.display())),
+                }
+            }
+        }
+        Ok(extents::saved(shared))
     }
 
     /// Counts what the directory says, under the lock, and finishes what a crash left.
@@ -198,7 +243,9 @@ impl Pool {
                 }
             }
         }
-        Ok(Books { generation, volumes: self.sizes("volumes")?, snapshots: self.sizes("snapshots")?, trash })
+        let (volumes, snapshots) = (self.sizes("volumes")?, self.sizes("snapshots")?);
+        // Found out when it matters.
+        Ok(Books { generation, volumes, snapshots, trash, saved: Cell::new(u64::MAX) })
     }
 
     /// The ids in one of the pool's folders, and the size of each one's image. One without an image counts nothing.
@@ -234,7 +281,7 @@ impl Writer<'_> {
     /// # Errors
     /// `Exhausted`, with what there is.
     pub(super) fn check_room(&self, bytes: u64) -> Result<()> {
-        let free = self.pool.available_beside(self.books.promised())?;
+        let free = self.pool.available_beside(&self.books)?;
         if bytes > free {
             let (free, wanted) = (format_bytes(free), format_bytes(bytes));
             fail!(Exhausted, "pool {} has {free} left, and {wanted} is wanted", self.pool.name());
@@ -242,12 +289,14 @@ impl Writer<'_> {
         Ok(())
     }
 
-    /// Makes a folder in `tmp/`, fills it, and moves it to its place: from then on the thing exists.
+    /// Makes a folder in `tmp/`, fills it, and moves it to its place: from then on the thing exists. A copy begins by
+    /// sharing blocks.
     pub(super) fn create(
         mut self,
         sort: Sort,
         id: &str,
         size: u64,
+        is_copy: bool,
         fill: impl FnOnce(&Path) -> Result<()>,
     ) -> Result<()> {
         let folder = self.pool.folder(sort, id);
@@ -268,6 +317,9 @@ impl Writer<'_> {
             return Err(error);
         }
         self.books.of(sort).insert(id.to_owned(), size);
+        if is_copy {
+            self.books.saved.set(self.books.saved.get().saturating_add(size));
+        }
         self.done();
         Ok(())
     }
@@ -303,10 +355,8 @@ impl Writer<'_> {
     /// Everybody else's books are out of date from now on, whatever becomes of us.
     fn raise_generation(&mut self) -> Result<()> {
         self.books.generation = self.books.generation.wrapping_add(1);
-        self.lock
-            .file()
-            .write_all_at(&self.books.generation.to_le_bytes(), 0)
-            .map_err(|error| Error::io(format!("cannot write to the lock of pool {}", self.pool.name()), error))
+        write_generation(self.lock.file(), self.books.generation)
+            .context(|| format!("cannot write to the lock of pool {}", self.pool.name()))
     }
 
     /// The books are right: keep them.
@@ -319,6 +369,10 @@ impl Writer<'_> {
 fn generation(lock: &std::fs::File) -> u64 {
     let mut bytes = [0; 8];
     lock.read_exact_at(&mut bytes, 0).map_or(0, |()| u64::from_le_bytes(bytes))
+}
+
+fn write_generation(lock: &std::fs::File, generation: u64) -> std::io::Result<()> {
+    lock.write_all_at(&generation.to_le_bytes(), 0)
 }
 
 /// The room in several pools.

@@ -47,7 +47,7 @@ impl Snapshots for Nvme {
         let fresh = SnapshotDescriptor::new(id.as_str(), name.as_str(), &volume);
         let path = located.image();
         self.sync_users(&located)?;
-        located.pool.open()?.create(Sort::Snapshot, id.as_str(), volume.size, |folder| {
+        located.pool.open()?.create(Sort::Snapshot, id.as_str(), volume.size, true, |folder| {
             let image = File::open(&path).context(|| format!("cannot open {}", path.display()))?;
             let copy = files::reflink(&image, &folder.join(IMAGE))?;
             fresh.write_new(folder)?;

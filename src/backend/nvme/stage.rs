@@ -85,7 +85,7 @@ impl Nvme {
             _ => Ok(()),
         });
         settled.inspect_err(|_| {
-            let _ = mounts::ensure_unmounted(path.as_path());
+            let _ = mounts::unmount_top(path.as_path());
         })
     }
 
@@ -117,7 +117,7 @@ impl Nvme {
                 Some((there, _)) => {
                     tracing::warn!(volume.id = %there, path = %path.display(), "unstaging never came: unmounting it now");
                     drop(place);
-                    mounts::ensure_unmounted(path)?;
+                    mounts::unmount_top(path)?;
                 }
                 None => fail!(Precondition, "something else is mounted at {}: unmount it first", path.display()),
             }
@@ -190,16 +190,14 @@ impl Nvme {
     }
 }
 
-/// The file system to mount: what the volume holds or will hold. The request may leave it open.
+/// The file system to mount: the one that the volume was made for. The request may leave it open.
 fn filesystem_of(descriptor: &VolumeDescriptor, wanted: &str) -> Result<Kind> {
-    let (holds, fixed) = match descriptor.contents {
-        Contents::Filesystem(kind) => (kind, true),
-        Contents::Blank(kind) | Contents::Formatting(kind) => (kind, false),
+    let holds = match descriptor.contents {
+        Contents::Blank(kind) | Contents::Formatting(kind) | Contents::Filesystem(kind) => kind,
         Contents::Raw => fail!(Precondition, "{} is a block volume: it has no file system", descriptor.id),
     };
-    let kind = if wanted.is_empty() { holds } else { Kind::parse(wanted)? };
-    if fixed && kind != holds {
-        fail!(Invalid, "{} holds {}, and {} is asked for", descriptor.id, holds.name(), kind.name());
+    if !wanted.is_empty() && Kind::parse(wanted)? != holds {
+        fail!(Invalid, "{} was made for {}, and {wanted} is asked for", descriptor.id, holds.name());
     }
-    Ok(kind)
+    Ok(holds)
 }
