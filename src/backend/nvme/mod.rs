@@ -198,8 +198,10 @@ impl Nvme {
     fn ensure_detached(&self, id: &str, located: &Located<'_>) -> Result<()> {
         let Some(device) = loops::find(&located.image())? else { return Ok(()) };
         self.release_view(&device)?;
-        if let Some(place) = mounts::users_of_device(&device.path)?.first() {
-            fail!(Precondition, "{id} is in use at {}: unpublish and unstage it first", place.display());
+        let places = mounts::users_of_device(&device.path)?;
+        if !places.is_empty() {
+            let places = places.iter().map(|place| place.display().to_string()).collect::<Vec<_>>().join(" and ");
+            fail!(Precondition, "{id} is in use at {places}: unpublish and unstage it first");
         }
         if !device.detach_now()? {
             fail!(Precondition, "{id} is in use: a process holds {} open", device.path.display());
