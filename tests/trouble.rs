@@ -1,175 +1,15 @@
-//! Bad input and bad luck: a clear error, nothing lost, nothing left behind, and everything else goes on.
+//! Bad luck: a clear error, nothing lost, nothing left behind, and everything else goes on.
 #![allow(clippy::disallowed_methods, clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "tests")]
 
 mod common;
 
-use std::os::unix::fs::{PermissionsExt, symlink};
+use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
 use berth::proto::csi;
-use common::{Client, GI, Lab, MI, Use, from_snapshot, is_root, map, read, refused, run, write};
+use common::{Client, GI, Lab, MI, Use, is_root, map, read, refused, run, write};
 use tonic::Code;
-
-/// > No id leads out of the pool: `..`, empty parts, control characters and over-long ids are refused as such.
-#[tokio::test]
-async fn hostile_ids_are_refused_everywhere() {
-    skip_unless!(is_root(), "needs root");
-    let (lab, client) = Lab::on("xfs", 2 * GI).await;
-    let mounted = client.make_and_mount(&lab, "a", GI, &Use::default()).await;
-    write(mounted.file("f"), "precious");
-    let inside = format!("../volumes/{}", mounted.id);
-    let long = "x".repeat(129);
-    for id in ["..", ".", "", "a/../b", "a//b", "/", "/etc", "a/", "a\0b", "a\nb", inside.as_str(), long.as_str()] {
-        refused(client.delete(id).await, Code::InvalidArgument);
-        refused(client.delete_snapshot(id).await, Code::InvalidArgument);
-        refused(client.stage(id, &mounted.staging, &Use::default()).await, Code::InvalidArgument);
-        refused(client.unstage(id, &mounted.staging).await, Code::InvalidArgument);
-        refused(client.publish(id, &mounted.staging, &lab.target("x"), &Use::default()).await, Code::InvalidArgument);
-        refused(client.unpublish(id, &mounted.target).await, Code::InvalidArgument);
-        refused(client.expand(id, &mounted.target, 2 * GI).await, Code::InvalidArgument);
-        refused(client.total(id, &mounted.target).await, Code::InvalidArgument);
-        refused(client.health(id).await, Code::InvalidArgument);
-        refused(client.snapshot(id, "s").await, Code::InvalidArgument);
-        if !id.is_empty() {
-            refused(client.create_from("b", GI, &Use::default(), from_snapshot(id)).await, Code::InvalidArgument);
-        }
-    }
-    // Well-formed ids that nobody made are simply not there; another node's are told apart from those.
-    for id in ["fake", "a/b", "vol-x", &mounted.id.to_uppercase()] {
-        client.delete(id).await.unwrap();
-        refused(client.stage(id, &lab.staging("x"), &Use::default()).await, Code::NotFound);
-        refused(client.total(id, &mounted.target).await, Code::NotFound);
-    }
-    let elsewhere = mounted.id.replace(&mounted.id[4..12], "00000000");
-    let message = refused(client.delete(&elsewhere).await, Code::FailedPrecondition);
-    assert!(message.contains("another node"), "{message}");
-    assert_eq!(read(mounted.file("f")), b"precious");
-    client.remove(&mounted).await;
-    lab.assert_clean();
-}
-
-/// > Paths are absolute and plain, and no part of one is a symbolic link.
-#[tokio::test]
-async fn relative_and_symlinked_paths_are_refused() {
-    skip_unless!(is_root(), "needs root");
-    let (lab, client) = Lab::on("xfs", 2 * GI).await;
-    let mounted = client.make_and_mount(&lab, "a", GI, &Use::default()).await;
-    let elsewhere = lab.path("elsewhere");
-    std::fs::create_dir(&elsewhere).unwrap();
-    symlink(&elsewhere, lab.target("link")).unwrap();
-    let below = format!("{}/below", lab.target("link"));
-    let dotted = format!("{}/../x", mounted.target);
-    for target in ["", "relative/path", "/", "//", "/a//b", &dotted, &lab.target("link"), &below] {
-        refused(client.publish(&mounted.id, &mounted.staging, target, &Use::default()).await, Code::InvalidArgument);
-        refused(client.unpublish(&mounted.id, target).await, Code::InvalidArgument);
-        refused(client.stage(&mounted.id, target, &Use::default()).await, Code::InvalidArgument);
-        refused(client.unstage(&mounted.id, target).await, Code::InvalidArgument);
-    }
-    assert_eq!(std::fs::read_dir(&elsewhere).unwrap().count(), 0);
-    assert!(Path::new(&lab.target("link")).is_symlink());
-    client.remove(&mounted).await;
-    lab.assert_clean();
-}
-
-/// > Nothing is mounted over what is in use, and nothing is unmounted or removed that is not this volume's.
-#[tokio::test]
-async fn a_place_in_use_is_left_alone() {
-    skip_unless!(is_root(), "needs root");
-    let (lab, client) = Lab::on("xfs", 4 * GI).await;
-    let mounted = client.make_and_mount(&lab, "a", GI, &Use::default()).await;
-    let other = client.make_and_mount(&lab, "b", GI, &Use::default()).await;
-    write(other.file("f"), "b's");
-
-    let foreign = lab.target("foreign");
-    std::fs::create_dir(&foreign).unwrap();
-    run("mount", &["-t", "tmpfs", "none", &foreign]);
-    let full = lab.target("full");
-    std::fs::create_dir(&full).unwrap();
-    std::fs::write(format!("{full}/mine"), "x").unwrap();
-    let file = lab.target("file");
-    std::fs::write(&file, "x").unwrap();
-    for target in [&foreign, &full, &file, &other.target] {
-        refused(client.publish(&mounted.id, &mounted.staging, target, &Use::default()).await, Code::FailedPrecondition);
-        refused(client.unpublish(&mounted.id, target).await, Code::FailedPrecondition);
-    }
-    refused(client.stage(&mounted.id, &foreign, &Use::default()).await, Code::FailedPrecondition);
-    client.unstage(&mounted.id, &foreign).await.unwrap();
-    client.unstage(&mounted.id, &other.staging).await.unwrap();
-    assert_eq!(read(other.file("f")), b"b's");
-    assert_eq!(read(format!("{full}/mine")), b"x");
-    run("mountpoint", &["-q", &foreign]);
-    // What was never staged can't be published, and says so.
-    let message = refused(
-        client.publish(&mounted.id, &lab.staging("none"), &lab.target("x"), &Use::default()).await,
-        Code::FailedPrecondition,
-    );
-    assert!(message.contains("stage it first"), "{message}");
-    assert!(!Path::new(&lab.target("x")).exists());
-    // Nor what lies below our own mount.
-    refused(client.publish(&mounted.id, &mounted.staging, &foreign, &Use::default()).await, Code::FailedPrecondition);
-    run("mount", &["--bind", &mounted.staging, &foreign]);
-    refused(client.unpublish(&mounted.id, &foreign).await, Code::FailedPrecondition);
-    run("mountpoint", &["-q", &foreign]);
-    // A busy mount is not torn away.
-    let held = std::fs::File::open(mounted.file(".")).unwrap();
-    refused(client.unpublish(&mounted.id, &mounted.target).await, Code::Aborted);
-    drop(held);
-    run("umount", &[&foreign]);
-    client.remove(&mounted).await;
-    client.remove(&other).await;
-    lab.assert_clean();
-}
-
-/// > Sizes are honoured or refused: nothing is rounded down, nothing is promised that can't be kept.
-#[tokio::test]
-async fn impossible_sizes_are_refused() {
-    skip_unless!(is_root(), "needs root");
-    let (lab, client) = Lab::on("xfs", 4 * GI).await;
-    let with = |required_bytes, limit_bytes, usage: &Use| {
-        let mut request = Client::request("a", 0, usage);
-        request.capacity_range = Some(csi::CapacityRange { required_bytes, limit_bytes });
-        request
-    };
-    let any = Use::default();
-    for (request, code) in [
-        (with(0, 0, &any), Code::InvalidArgument),
-        (with(-1, 0, &any), Code::InvalidArgument),
-        (with(2 * GI, GI, &any), Code::InvalidArgument),
-        (with(1, 0, &any), Code::OutOfRange),
-        (with(16 * MI - 4096, 0, &any), Code::OutOfRange),
-        (with(200 * MI, 0, &Use::fs("xfs")), Code::OutOfRange),
-        (with(GI + 1, GI + 2, &any), Code::OutOfRange),
-        (with(i64::MAX, 0, &any), Code::OutOfRange),
-        (with(5 * GI, 0, &any), Code::ResourceExhausted),
-        (with(1 << 60, 0, &any), Code::ResourceExhausted),
-    ] {
-        refused(client.try_create(request).await, code);
-        lab.assert_clean();
-    }
-    let exact = client.try_create(with(GI, GI, &any)).await.unwrap();
-    assert_eq!(exact.capacity_bytes, GI);
-    client.delete(&exact.volume_id).await.unwrap();
-    // No size at all: the default. An odd one: the next multiple of a block.
-    let mut request = Client::request("b", 0, &any);
-    request.capacity_range = None;
-    let default = client.try_create(request).await.unwrap();
-    assert_eq!(default.capacity_bytes, GI);
-    let odd = client.try_create(Client::request("c", 400 * MI + 1, &any)).await.unwrap();
-    assert_eq!(odd.capacity_bytes, 400 * MI + 4096);
-    for id in [default.volume_id, odd.volume_id] {
-        client.delete(&id).await.unwrap();
-    }
-    // Nor is a place promised where this node is not.
-    let mut request = Client::request("d", GI, &any);
-    let elsewhere = csi::Topology { segments: map(&[("topology.berth.dev/node", "node-b")]) };
-    request.accessibility_requirements =
-        Some(csi::TopologyRequirement { requisite: vec![elsewhere.clone()], preferred: Vec::new() });
-    refused(client.try_create(request).await, Code::ResourceExhausted);
-    let request = csi::GetCapacityRequest { accessible_topology: Some(elsewhere), ..Default::default() };
-    assert_eq!(client.controller.clone().get_capacity(request).await.unwrap().into_inner().available_capacity, 0);
-    lab.assert_clean();
-}
 
 /// > A damaged descriptor makes its own volume abnormal, and no other.
 #[tokio::test]
@@ -373,23 +213,6 @@ async fn another_disk_at_the_pools_path_is_looked_at_anew() {
     lab.assert_clean();
 }
 
-/// > A path may have spaces.
-#[tokio::test]
-async fn a_path_may_have_spaces() {
-    skip_unless!(is_root(), "needs root");
-    let (lab, client) = Lab::on("xfs", 4 * GI).await;
-    let usage = Use::mode(csi::volume_capability::access_mode::Mode::SingleNodeSingleWriter);
-    let mounted = client.make_and_mount(&lab, "with a space", GI, &usage).await;
-    client.publish(&mounted.id, &mounted.staging, &mounted.target, &usage).await.unwrap();
-    std::fs::write(mounted.file("f"), "not synced").unwrap();
-    let copy = client.create_from("b", GI, &usage, common::from_volume(&mounted.id)).await.unwrap();
-    let copy = client.mount(&lab, &copy.volume_id, "copy", &usage).await;
-    assert_eq!(read(copy.file("f")), b"not synced");
-    client.remove(&copy).await;
-    client.remove(&mounted).await;
-    lab.assert_clean();
-}
-
 /// > On the root disk there is no room unless the configuration says `fallback: root`.
 #[tokio::test]
 async fn the_root_disk_is_used_only_where_the_admin_says_so() {
@@ -496,11 +319,18 @@ async fn the_same_call_many_times_at_once_does_it_once() {
 async fn a_mkfs_that_hangs_holds_its_own_volume_only() {
     skip_unless!(is_root(), "needs root");
     let mut lab = Lab::without_driver("xfs", 8 * GI);
-    lab.config.extra = "deadlines: {call: 1s, command: 4s, lock: 100ms}".to_owned();
+    lab.config.extra = "deadlines: {call: 1s, command: 8s, lock: 100ms}".to_owned();
     let programs = lab.path("programs");
     std::fs::create_dir(&programs).unwrap();
     let mkfs = programs.join("mkfs.ext4");
-    std::fs::write(&mkfs, "#!/bin/sh\ntrap '' TERM INT HUP\nwhile true; do sleep 1; done\n").unwrap();
+    std::fs::write(
+        &mkfs,
+        format!(
+            "#!/bin/sh\ntrap '' TERM INT HUP\necho $$ > {}/pid\nwhile true; do sleep 1; done\n",
+            programs.display()
+        ),
+    )
+    .unwrap();
     std::fs::set_permissions(&mkfs, std::fs::Permissions::from_mode(0o755)).unwrap();
     let path = format!("{}:{}", programs.display(), std::env::var("PATH").unwrap());
     lab.environment.push(("PATH".to_owned(), path));
@@ -517,7 +347,9 @@ async fn a_mkfs_that_hangs_holds_its_own_volume_only() {
     let other = client.make_and_mount(&lab, "other", GI, &Use::fs("xfs")).await;
     write(other.file("f"), "works");
     client.remove(&other).await;
-    assert!(begun.elapsed() < Duration::from_secs(4), "too slow a machine to tell");
+    // All that while mkfs hung.
+    let pid = std::fs::read_to_string(programs.join("pid")).unwrap();
+    assert!(Path::new(&format!("/proc/{}/exe", pid.trim())).exists());
 
     let end = begun + Duration::from_secs(30);
     std::fs::remove_file(&mkfs).unwrap();
@@ -529,7 +361,7 @@ async fn a_mkfs_that_hangs_holds_its_own_volume_only() {
         assert!(Instant::now() < end);
         tokio::time::sleep(Duration::from_millis(100)).await;
     }
-    assert!(begun.elapsed() > Duration::from_secs(4));
+    assert!(begun.elapsed() > Duration::from_secs(8));
     client.publish(&id, &staging, &lab.target("a"), &usage).await.unwrap();
     write(format!("{}/f", lab.target("a")), "works");
     client.unpublish(&id, &lab.target("a")).await.unwrap();

@@ -24,6 +24,8 @@ use crate::volume::{Capability, CapacityRange, MountPath, Name, NodeName, Parame
 struct Toy {
     grows: bool,
     modifies: bool,
+    /// `slow` ends when this turns true.
+    released: AtomicBool,
     finished: AtomicBool,
 }
 
@@ -41,7 +43,9 @@ impl Controller for Toy {
         match id.as_str() {
             "cursed" => panic!("as the test wants it"),
             "slow" => {
-                std::thread::sleep(Duration::from_millis(300));
+                while !self.released.load(Ordering::SeqCst) {
+                    std::thread::sleep(Duration::from_millis(1));
+                }
                 self.finished.store(true, Ordering::SeqCst);
                 Ok(())
             }
@@ -87,10 +91,13 @@ impl Node for Toy {
 }
 
 fn front(toy: Toy) -> (Front, Arc<Toy>) {
+    front_with(toy, Duration::from_secs(60))
+}
+
+fn front_with(toy: Toy, call: Duration) -> (Front, Arc<Toy>) {
     let toy = Arc::new(toy);
     let backend = Backend { controller: toy.clone(), node: toy.clone() };
-    let deadlines =
-        Deadlines { call: Duration::from_millis(100), lock: Duration::from_millis(10), ..Deadlines::default() };
+    let deadlines = Deadlines { call, lock: Duration::from_millis(10), ..Deadlines::default() };
     let front = Front::new(
         "toy.csi.berth.dev",
         NodeName::new("a").unwrap(),
@@ -207,12 +214,13 @@ async fn a_panic_is_an_internal_error_and_frees_the_volume() {
 
 #[tokio::test]
 async fn a_call_past_its_deadline_is_answered_and_its_work_ends_under_the_lock() {
-    let (front, toy) = front(Toy::default());
+    let (front, toy) = front_with(Toy::default(), Duration::from_millis(500));
     let status = front.delete_volume(deletion("slow")).await.unwrap_err();
     assert_eq!(status.code(), Code::DeadlineExceeded);
     assert!(!toy.finished.load(Ordering::SeqCst) && !front.is_idle());
     assert_eq!(front.delete_volume(deletion("slow")).await.unwrap_err().code(), Code::Aborted);
     assert!(front.delete_volume(deletion("other")).await.is_ok());
+    toy.released.store(true, Ordering::SeqCst);
     while !front.is_idle() {
         tokio::time::sleep(Duration::from_millis(10)).await;
     }
