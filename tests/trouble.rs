@@ -259,6 +259,17 @@ async fn a_forgotten_unstaging_is_made_up_for() {
     client.unstage(&first.id, &first.staging).await.unwrap();
     refused(client.unpublish(&first.id, &first.target).await, Code::FailedPrecondition);
     assert_eq!(read(first.file("f")), b"b's");
+    // Nor is a device at the path of one that was staged there before.
+    let (one, two) = (client.create("c", GI, &Use::block()).await, client.create("d", GI, &Use::block()).await);
+    let shared = lab.staging("shared");
+    client.stage(&two, &shared, &Use::block()).await.unwrap();
+    client.unstage(&one, &shared).await.unwrap();
+    assert!(Path::new(&shared).join("device").exists());
+    client.unstage(&two, &shared).await.unwrap();
+    assert!(!Path::new(&shared).join("device").exists());
+    for id in [one, two] {
+        client.delete(&id).await.unwrap();
+    }
     // The first one elsewhere, while it was never unstaged either.
     let elsewhere = client.mount(&lab, &first.id, "elsewhere", &Use::default()).await;
     assert_eq!(read(elsewhere.file("f")), b"a's");

@@ -38,8 +38,8 @@ impl Node for Nvme {
                 shown = Some(device);
             }
         }
-        // The file that the device was bound on; a mounted file system's own file of that name is not touched.
-        if Place::at(path.as_path())?.is_some_and(|place| !place.is_mount()) {
+        // The file that the device was bound on; not another volume's device, nor a mounted file system's own file.
+        if !mounts::is_mount(path.as_path())? && !mounts::is_mount(file.as_path())? {
             paths::remove_empty(file.as_path())?;
         }
         // A block volume's device stays attached until now, and so does what a crash left.
