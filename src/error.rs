@@ -81,7 +81,7 @@ impl fmt::Display for Error {
     /// The whole chain: `cannot mount X: device is busy`.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.message)?;
-        let mut cause = self.source();
+        let mut cause = self.cause();
         while let Some(error) = cause {
             write!(f, ": {error}")?;
             // An `Error` below prints the rest of the chain itself.
@@ -91,8 +91,11 @@ impl fmt::Display for Error {
     }
 }
 
-impl StdError for Error {
-    fn source(&self) -> Option<&(dyn StdError + 'static)> {
+/// Without a `source`: `Display` has said it all, and who prints chains would say it twice.
+impl StdError for Error {}
+
+impl Error {
+    fn cause(&self) -> Option<&(dyn StdError + 'static)> {
         self.source.as_deref().map(|source| source as _)
     }
 }
