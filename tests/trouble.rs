@@ -152,6 +152,7 @@ async fn a_pool_may_be_missing_read_only_or_full() {
     run("mount", &["-o", "loop,ro", lab.path("pool.img").to_str().unwrap(), &pool]);
     assert_eq!(client.storage_health().await, ["PoolReadOnly"]);
     assert_eq!(client.health(&id).await.unwrap(), ["PoolReadOnly"]);
+    assert_eq!(client.list().await, [id.as_str()]);
     refused(client.try_create(Client::request("b", GI, &Use::default())).await, Code::ResourceExhausted);
     refused(client.delete(&id).await, Code::ResourceExhausted);
     run("umount", &[&pool]);

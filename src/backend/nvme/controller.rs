@@ -251,7 +251,8 @@ impl Nvme {
             fail!(Busy, "{after:?} is no token of this list: begin it again");
         }
         let mut ids = BTreeMap::new();
-        for pool in self.pools.iter().filter(|pool| pool.state().is_ok()) {
+        let can_be_read = |pool: &&Pool| pool.state().err().is_none_or(|trouble| trouble.leaves_it_readable());
+        for pool in self.pools.iter().filter(can_be_read) {
             pool.ask(|books| {
                 let all = if sort == Sort::Snapshot { &books.snapshots } else { &books.volumes };
                 let behind = (after.map_or(Bound::Unbounded, Bound::Excluded), Bound::Unbounded);

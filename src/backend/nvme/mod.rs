@@ -150,7 +150,7 @@ impl Nvme {
                 }
                 Ok(_) => found = Some(Located { pool, folder }),
                 Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
-                    missing = missing.or(pool.state().err().filter(|trouble| trouble.reason != "PoolReadOnly"));
+                    missing = missing.or(pool.state().err().filter(|trouble| !trouble.leaves_it_readable()));
                 }
                 Err(error) => return Err(error).context(|| format!("cannot look for {id} in pool {}", pool.name())),
             }

@@ -28,6 +28,7 @@ use crate::volume::{Available, format_bytes};
 
 /// The image's name in a volume's folder.
 pub(super) const IMAGE: &str = "image";
+const READ_ONLY: &str = "PoolReadOnly";
 const LOCK: &str = "lock";
 const FOLDERS: [&str; 4] = ["volumes", "snapshots", "tmp", "trash"];
 
@@ -59,6 +60,13 @@ pub(super) struct Books {
 pub(super) struct Trouble {
     pub(super) reason: &'static str,
     pub(super) message: String,
+}
+
+impl Trouble {
+    /// Nothing can be changed, but what is there can be seen.
+    pub(super) fn leaves_it_readable(&self) -> bool {
+        self.reason == READ_ONLY
+    }
 }
 
 impl Books {
@@ -114,7 +122,7 @@ impl Pool {
             );
         }
         match files::space(&self.config.path) {
-            Ok(space) if space.read_only => trouble("PoolReadOnly", format!("{path} is read-only")),
+            Ok(space) if space.read_only => trouble(READ_ONLY, format!("{path} is read-only")),
             Ok(_) => Ok(()),
             Err(error) => trouble("PoolMissing", error.to_string()),
         }
@@ -148,6 +156,10 @@ impl Pool {
             return Ok(question(books));
         }
         drop(known);
+        if self.state().is_err_and(|trouble| trouble.leaves_it_readable()) {
+            // Nobody changes it now, so no lock is needed; nothing is kept, since that may end.
+            return Ok(question(&self.look(0)?));
+        }
         let writer = self.open()?;
         let answer = question(&writer.books);
         writer.done();
@@ -243,9 +255,14 @@ impl Pool {
                 }
             }
         }
+        Ok(Books { trash, ..self.look(generation)? })
+    }
+
+    /// What the directory says, as it is.
+    fn look(&self, generation: u64) -> Result<Books> {
         let (volumes, snapshots) = (self.sizes("volumes")?, self.sizes("snapshots")?);
-        // Found out when it matters.
-        Ok(Books { generation, volumes, snapshots, trash, saved: Cell::new(u64::MAX) })
+        // What sharing saves is found out when it matters.
+        Ok(Books { generation, volumes, snapshots, trash: BTreeMap::new(), saved: Cell::new(u64::MAX) })
     }
 
     /// The ids in one of the pool's folders, and the size of each one's image. One without an image counts nothing.

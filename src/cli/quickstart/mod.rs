@@ -108,7 +108,7 @@ fn how_to_look_around(state: &State, work: &Work) -> String {
     [
         format!("\nThe volume stays mounted, and the driver runs as process {pid}."),
         format!("  its volumes        {program} volume list --socket {}", socket.display()),
-        format!("  its free space     df -h {}", path.display()),
+        format!("  its free space     df -h '{}'", path.display()),
         format!("  its configuration  {}", work.config().display()),
         format!("  its log            {}", work.log().display()),
         format!("End it with:\n  {program} quickstart --end {}", work.folder().display()),
