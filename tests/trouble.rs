@@ -194,6 +194,41 @@ async fn a_missing_pool_holds_up_no_other() {
     lab.assert_clean();
 }
 
+/// > What a driver that died has left frozen its successor thaws, whatever other pools are in trouble.
+#[tokio::test]
+async fn what_was_left_frozen_is_thawed() {
+    skip_unless!(is_root(), "needs root");
+    let mut lab = Lab::without_driver("xfs", 4 * GI);
+    let healthy = lab.config.pool.clone();
+    let client = lab.start().await;
+    let mounted = client.make_and_mount(&lab, "a", GI, &Use::fs("xfs")).await;
+    lab.kill();
+    // As if it had died between the two calls of an expansion.
+    let mark = lab.pool().join("volumes").join(&mounted.id).join("frozen");
+    std::fs::write(&mark, "").unwrap();
+    run("fsfreeze", &["-f", &mounted.staging]);
+    lab.config.pool = format!("{{name: gone, path: {}}}\n  - {healthy}", lab.path("gone").display());
+    let client = lab.start().await;
+    let end = Instant::now() + Duration::from_secs(20);
+    while mark.exists() {
+        if Instant::now() > end {
+            // Else nothing that touches it would ever end.
+            run("fsfreeze", &["-u", &mounted.staging]);
+            panic!("it is still frozen");
+        }
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    write(mounted.file("f"), "works");
+    // Without a mark it is somebody else's: expanding fails, and leaves no mark that would thaw it.
+    run("fsfreeze", &["-f", &mounted.staging]);
+    let expanded = client.expand(&mounted.id, &mounted.target, GI).await;
+    run("fsfreeze", &["-u", &mounted.staging]);
+    refused(expanded, Code::Internal);
+    assert!(!mark.exists());
+    client.remove(&mounted).await;
+    lab.assert_clean();
+}
+
 /// > Another disk at a pool's path is looked at anew.
 #[tokio::test]
 async fn another_disk_at_the_pools_path_is_looked_at_anew() {

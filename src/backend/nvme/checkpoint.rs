@@ -19,31 +19,46 @@ impl Nvme {
     /// Writes all of the file system that is mounted at `path`, superblock and all, to its device.
     pub(super) fn checkpoint(&self, located: &Located<'_>, path: &Path) -> Result<()> {
         let mark = located.folder.join(MARK);
-        let what = || format!("cannot mark {}", located.folder.display());
-        File::create(&mark).context(what)?;
-        filesystem::freeze(path)?;
-        filesystem::thaw(path)?;
-        std::fs::remove_file(&mark).context(what)
+        File::create(&mark).context(|| format!("cannot mark {}", located.folder.display()))?;
+        // The mark stays only if it may still be frozen by us: a freeze that failed may be somebody else's.
+        let frozen = filesystem::freeze(path);
+        if frozen.is_ok() {
+            filesystem::thaw(path)?;
+        }
+        std::fs::remove_file(&mark).context(|| format!("cannot remove {}", mark.display()))?;
+        frozen
     }
 
-    /// Thaws what a driver that died has left frozen.
-    pub(super) fn thaw_leftovers(&self) -> Result<()> {
+    /// Thaws what a driver that died has left frozen. One volume or pool in trouble does not keep others frozen.
+    pub(super) fn thaw_leftovers(&self) {
         for pool in &self.pools {
-            for id in pool.ask(|books| books.volumes.keys().cloned().collect::<Vec<_>>())? {
-                let located = Located { pool, folder: pool.folder(Sort::Volume, &id) };
-                let mark = located.folder.join(MARK);
-                if !mark.exists() {
+            let ids = match pool.ask(|books| books.volumes.keys().cloned().collect::<Vec<_>>()) {
+                Ok(ids) => ids,
+                Err(error) => {
+                    tracing::error!(pool = pool.name(), %error, "cannot tell whether a volume was left frozen");
                     continue;
                 }
-                if let Some(device) = loops::find(&located.image())?
-                    && let Some(place) = mounts::users_of_device(&device.path)?.iter().find(|place| place.is_dir())
-                {
-                    tracing::warn!(volume.id = id, "thawing what an interrupted call left frozen");
-                    filesystem::thaw(place)?;
+            };
+            for id in ids {
+                let located = Located { pool, folder: pool.folder(Sort::Volume, &id) };
+                if let Err(error) = thaw_leftover(&id, &located) {
+                    tracing::error!(volume.id = id, %error, "cannot thaw what an interrupted call left frozen");
                 }
-                std::fs::remove_file(&mark).context(|| format!("cannot remove {}", mark.display()))?;
             }
         }
-        Ok(())
     }
+}
+
+fn thaw_leftover(id: &str, located: &Located<'_>) -> Result<()> {
+    let mark = located.folder.join(MARK);
+    if !mark.exists() {
+        return Ok(());
+    }
+    if let Some(device) = loops::find(&located.image())?
+        && let Some(place) = mounts::users_of_device(&device.path)?.iter().find(|place| place.is_dir())
+    {
+        tracing::warn!(volume.id = id, "thawing what an interrupted call left frozen");
+        filesystem::thaw(place)?;
+    }
+    std::fs::remove_file(&mark).context(|| format!("cannot remove {}", mark.display()))
 }

@@ -89,9 +89,7 @@ impl Nvme {
 
     /// Finishes what a crash left half done, and says in the log what this node's pools can and can't do.
     pub fn start(&self) {
-        if let Err(error) = self.thaw_leftovers() {
-            tracing::error!(%error, "cannot tell whether a volume was left frozen");
-        }
+        self.thaw_leftovers();
         for pool in &self.pools {
             match pool.ask(|_| ()).and_then(|()| pool.has_reflink()) {
                 Ok(true) => tracing::info!(pool = pool.name(), "pool is ready, with snapshots"),
