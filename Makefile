@@ -3,12 +3,13 @@
 export CARGO_TERM_COLOR ?= auto
 
 DRIVER ?= nvme
+lab = $(or $(BERTH_LAB),/var/tmp/berth-lab)
 quickstart_args = $(if $(KEEP),--keep) $(if $(AT),--path "$(AT)")
 
-.PHONY: help quickstart build check test sanity bench clean
+.PHONY: help quickstart build check test sanity lab lab-down bench clean
 
 help: ## This list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 quickstart: ## See it work: a pool in a folder, a volume made, mounted, written, read, grown, snapshotted, deleted (KEEP=1 leaves it; AT=/some/path mounts it there)
 	@scripts/setup.sh run
@@ -29,8 +30,17 @@ check: ## Format, lints, documentation, dependencies, unit tests
 test: ## Everything that this machine can test, after installing what that needs
 	@scripts/test.sh
 
-sanity: ## csi-sanity against the real binary (DRIVER=nvme)
+sanity: ## csi-sanity against the real binary (DRIVER=nvme or cephfs)
 	@scripts/sanity.sh $(DRIVER)
+
+lab: ## A Ceph cluster on this machine, to try CephFS with (BERTH_LAB=/var/tmp/berth-lab is where; RGW=1 adds S3)
+	@scripts/setup.sh lab
+	@scripts/lab.sh up "$(lab)"
+	@echo "Its addresses and keys:  . $(lab)/env"
+	@echo "Ask it:                  ceph --conf $(lab)/ceph.conf status"
+
+lab-down: ## Stop that cluster and remove it
+	@scripts/lab.sh down "$(lab)"
 
 bench: ## The figures of docs/benchmarks.md, measured here
 	@scripts/setup.sh bench

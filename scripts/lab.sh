@@ -8,6 +8,7 @@
 #   lab.sh restart DIR mon|mgr|osd|mds   kills that daemon, if it lives, and starts it on the data that it had. Returns
 #                                        when it has started, not when it serves. The OSD's data dies with it: refused.
 #   lab.sh down DIR                      stops all that and removes DIR
+#   lab.sh check                         fails, and says why, if this machine lacks what it needs
 #
 # Any number of clusters can run side by side.
 set -euo pipefail
@@ -153,6 +154,14 @@ failed() { # what was wrong, as far as the daemons say, and nothing left of it
   remove
 }
 
+has_programs() {
+  local program
+  for program in ceph ceph-authtool ceph-mon ceph-mgr ceph-osd ceph-mds monmaptool setsid ${RGW:+radosgw radosgw-admin}; do
+    command -v "$program" >/dev/null || die "no $program; run scripts/setup.sh lab"
+  done
+  [ -d /usr/share/ceph/mgr/volumes ] || die "no ceph-mgr-modules-core; run scripts/setup.sh lab"
+}
+
 helpers=()
 wait_for_helpers() {
   for helper in ${helpers[@]+"${helpers[@]}"}; do wait "$helper" || return; done
@@ -160,11 +169,8 @@ wait_for_helpers() {
 }
 
 up() {
-  local port=$1 program fsid osd key
-  for program in ceph ceph-authtool ceph-mon ceph-mgr ceph-osd ceph-mds monmaptool setsid ${RGW:+radosgw radosgw-admin}; do
-    command -v "$program" >/dev/null || die "no $program: run scripts/setup.sh lab"
-  done
-  [ -d /usr/share/ceph/mgr/volumes ] || die "no ceph-mgr-modules-core: run scripts/setup.sh lab"
+  local port=$1 fsid osd
+  has_programs
   if [ -e "$dir/env" ] && any_alive; then
     echo "is up already: $dir/env"
     return
@@ -245,6 +251,7 @@ ENV
 }
 
 usage() { sed -n 's/^# \{2,\}\(lab.sh\)/  \1/p' "$0" >&2; exit 2; }
+[ "${1:-}" != check ] || { has_programs; exit; }
 [ $# -ge 2 ] || usage
 dir=$(realpath -m "$2")
 # It is written into files that quote nothing.
