@@ -137,7 +137,20 @@ pub enum Attribute {
 }
 
 impl Attribute {
-    fn flag(self) -> MountAttrFlags {
+    /// As mount(8) calls it.
+    pub fn parse(name: &str) -> Option<Self> {
+        match name {
+            "nodev" => Some(Self::NoDev),
+            "nosuid" => Some(Self::NoSuid),
+            "noexec" => Some(Self::NoExec),
+            "noatime" => Some(Self::NoAtime),
+            "strictatime" => Some(Self::StrictAtime),
+            "nodiratime" => Some(Self::NoDirAtime),
+            _ => None,
+        }
+    }
+
+    pub(super) fn flag(self) -> MountAttrFlags {
         match self {
             Self::NoDev => MountAttrFlags::MOUNT_ATTR_NODEV,
             Self::NoSuid => MountAttrFlags::MOUNT_ATTR_NOSUID,
@@ -170,9 +183,7 @@ pub fn mount(device: &Path, filesystem: &str, options: &MountOptions, target: &O
         rustix::mount::fsconfig_create(&context)?;
         let attributes = options.attributes.iter().fold(MountAttrFlags::empty(), |all, one| all | one.flag());
         let attributes = if options.read_only { attributes | MountAttrFlags::MOUNT_ATTR_RDONLY } else { attributes };
-        let mounted = rustix::mount::fsmount(&context, FsMountFlags::FSMOUNT_CLOEXEC, attributes)?;
-        let flags = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH | MoveMountFlags::MOVE_MOUNT_T_EMPTY_PATH;
-        rustix::mount::move_mount(&mounted, "", target, "", flags)
+        attach(&context, attributes, target)
     };
     configure().map_err(|errno: Errno| {
         let said = kernel_messages(&context);
@@ -182,8 +193,15 @@ pub fn mount(device: &Path, filesystem: &str, options: &MountOptions, target: &O
     })
 }
 
+/// Mounts what a context has created on the directory that `target` is open on.
+pub(super) fn attach(context: &OwnedFd, attributes: MountAttrFlags, target: &OwnedFd) -> rustix::io::Result<()> {
+    let mounted = rustix::mount::fsmount(context, FsMountFlags::FSMOUNT_CLOEXEC, attributes)?;
+    let flags = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH | MoveMountFlags::MOVE_MOUNT_T_EMPTY_PATH;
+    rustix::mount::move_mount(&mounted, "", target, "", flags)
+}
+
 /// What the kernel wrote into the context's log (fsopen(2)): one message a read.
-fn kernel_messages(context: &OwnedFd) -> String {
+pub(super) fn kernel_messages(context: &OwnedFd) -> String {
     let mut all = String::new();
     let mut buffer = [0_u8; 512];
     while let Ok(length @ 1..) = rustix::io::read(context, &mut buffer) {

@@ -4,6 +4,7 @@
 //! are started by `command` only.
 
 mod busy;
+pub mod ceph;
 pub mod command;
 pub mod extents;
 pub mod files;

@@ -161,6 +161,19 @@ pub fn unmount_top(path: &Path) -> Result<()> {
     }
 }
 
+/// The line of the mount table of the uppermost mount at `path`. Reads the whole table, but touches nothing at `path`:
+/// asking a file system whose server is gone would hang.
+pub fn line_of(path: &Path) -> Result<Option<String>> {
+    let table = table()?;
+    Ok(last_line_at(&table, path).map(str::to_owned))
+}
+
+/// Later mounts come later.
+fn last_line_at<'a>(table: &'a str, path: &Path) -> Option<&'a str> {
+    let is_there = |line: &&str| line.split(' ').nth(4).is_some_and(|place| unescaped(OsStr::new(place)) == path);
+    table.lines().rfind(is_there)
+}
+
 /// Every other place that shows the same thing as the mount at `path`. Reads the whole mount table.
 pub fn binds_of(path: &Path) -> Result<Vec<PathBuf>> {
     let Some(place) = Place::at(path)? else { return Ok(Vec::new()) };
@@ -209,7 +222,7 @@ fn places(table: &str, fits: impl Fn(&Line<'_>) -> bool) -> Result<Vec<PathBuf>>
 }
 
 /// proc_pid_mounts(5): a space, tab, line end or backslash stands there as three octal digits.
-fn unescaped(path: &OsStr) -> PathBuf {
+pub(super) fn unescaped(path: &OsStr) -> PathBuf {
     let mut bytes = Vec::new();
     let mut rest = path.as_bytes();
     while let Some((first, tail)) = rest.split_first() {
@@ -269,5 +282,14 @@ mod tests {
         let found = places(table, |line| line.device == "7:3" || (line.device == "0:5" && line.root == "/loop3"));
         assert_eq!(found.unwrap(), ["/pods/one", "/pods/block", "/pods/a b\\c"].map(PathBuf::from));
         assert!(places(table, |line| line.id == "no").is_err());
+    }
+
+    #[test]
+    fn the_line_of_a_place_is_that_of_its_uppermost_mount() {
+        let table = "40 21 7:3 / /pods/a\\040b rw - xfs /dev/loop3 rw\n\
+                     41 40 7:4 / /pods/a\\040b rw - xfs /dev/loop4 rw\n\
+                     42 21 7:5 / /pods/a rw - xfs /dev/loop5 rw\n";
+        let id = |path| last_line_at(table, Path::new(path)).map(|line| &line[..2]);
+        assert_eq!([id("/pods/a b"), id("/pods/a"), id("/pods")], [Some("41"), Some("42"), None]);
     }
 }

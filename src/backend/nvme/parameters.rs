@@ -148,21 +148,15 @@ pub(super) fn mount_options(kind: Kind, flags: &[MountFlag], read_only: bool) ->
     for flag in flags {
         let text = flag.as_str();
         let (key, value) = text.split_once('=').map_or((text, None), |(key, value)| (key, Some(value)));
-        let attribute = match text {
+        match text {
             "ro" => {
                 options.read_only = true;
                 continue;
             }
             "rw" | "relatime" => continue,
-            "nodev" => Some(Attribute::NoDev),
-            "nosuid" => Some(Attribute::NoSuid),
-            "noexec" => Some(Attribute::NoExec),
-            "noatime" => Some(Attribute::NoAtime),
-            "strictatime" => Some(Attribute::StrictAtime),
-            "nodiratime" => Some(Attribute::NoDirAtime),
-            _ => None,
-        };
-        if let Some(attribute) = attribute {
+            _ => {}
+        }
+        if let Some(attribute) = Attribute::parse(text) {
             options.attributes.push(attribute);
             continue;
         }
