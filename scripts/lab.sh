@@ -118,6 +118,8 @@ paxos propose interval = 0.02
 paxos min wait = 0.01
 mon tick interval = 1
 mon osd crush smoke test = false
+# A restarted MDS waits this long (45) for clients that were killed, such as a manager. Living ones are back at once.
+mds reconnect timeout = 5
 mgr initial modules =
 mgr disabled modules = ${unwanted%,}
 [client]

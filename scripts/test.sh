@@ -4,10 +4,12 @@ set -uo pipefail
 cd "$(dirname "$0")/.."
 log=$(mktemp -d)
 labs=()
+starting=()
 lab=$PWD/scripts/lab.sh
 
 end_labs() { # side by side: each takes a moment
   local dir
+  [ ${#starting[@]} = 0 ] || { kill "${starting[@]}" 2>/dev/null; wait; } # each takes away what it has begun
   for dir in ${labs[@]+"${labs[@]}"}; do "$lab" down "$dir" & done
   wait
   labs=()
@@ -32,8 +34,10 @@ start_labs() {
   labs=("$(mktemp -d)" "$(mktemp -d)")
   "$lab" up "${labs[0]}" 40100 & a=$!
   "$lab" up "${labs[1]}" 40200 & b=$!
+  starting=($a $b)
   wait $a; a=$?
   wait $b; b=$?
+  starting=()
   if [ $a = 0 ] && [ $b = 0 ]; then
     export BERTH_LAB=${labs[0]} BERTH_LAB_B=${labs[1]}
   else
