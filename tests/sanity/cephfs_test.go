@@ -42,7 +42,7 @@ func describeCluster(t *testing.T, i *instance) string {
 		t.Fatal(err)
 	}
 	monitors := strings.ReplaceAll(lab(t, "MONITORS"), ",", "', '")
-	return fmt.Sprintf("clusters:\n  - {name: main, monitors: ['%s'], filesystem: cephfs, group: csi, user: %s, keyFile: %s/provisioner.key}\n",
+	return fmt.Sprintf("clusters:\n  - {name: main, monitors: ['%s'], filesystems: [cephfs], groups: [csi], user: %s, keyFile: %s/provisioner.key}\n",
 		monitors, lab(t, "PROVISIONER_USER"), lab(t, "DIR"))
 }
 
