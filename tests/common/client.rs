@@ -1,6 +1,8 @@
 //! The driver's services, called as kubelet and the sidecars do.
 
+use std::collections::HashMap;
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
 
 use berth::proto::csi;
 use berth::proto::csi::controller_client::ControllerClient;
@@ -61,6 +63,10 @@ pub struct Client {
     pub controller: ControllerClient<Channel>,
     pub node: NodeClient<Channel>,
     pub channel: Channel,
+    /// The secrets that the class has for the provisioner and its fellows, and for the node.
+    pub secrets: [HashMap<String, String>; 2],
+    /// What CreateVolume told the node, as a PersistentVolume keeps it.
+    pub contexts: Arc<Mutex<HashMap<String, HashMap<String, String>>>>,
 }
 
 impl Client {
@@ -71,7 +77,12 @@ impl Client {
             async move { Ok::<_, std::io::Error>(hyper_util::rt::TokioIo::new(UnixStream::connect(socket).await?)) }
         });
         let channel = Endpoint::from_static("http://localhost").connect_with_connector(connector).await?;
-        Ok(Self { controller: ControllerClient::new(channel.clone()), node: NodeClient::new(channel.clone()), channel })
+        let (controller, node) = (ControllerClient::new(channel.clone()), NodeClient::new(channel.clone()));
+        Ok(Self { controller, node, channel, secrets: Default::default(), contexts: Arc::default() })
+    }
+
+    fn context(&self, id: &str) -> HashMap<String, String> {
+        self.contexts.lock().unwrap().get(id).cloned().unwrap_or_default()
     }
 
     pub fn request(name: &str, size: i64, usage: &Use) -> csi::CreateVolumeRequest {
@@ -83,9 +94,13 @@ impl Client {
         }
     }
 
-    pub async fn try_create(&self, request: csi::CreateVolumeRequest) -> Result<csi::Volume, Status> {
-        let reply = self.controller.clone().create_volume(request).await?;
-        Ok(reply.into_inner().volume.unwrap())
+    pub async fn try_create(&self, mut request: csi::CreateVolumeRequest) -> Result<csi::Volume, Status> {
+        if request.secrets.is_empty() {
+            request.secrets = self.secrets[0].clone();
+        }
+        let volume = self.controller.clone().create_volume(request).await?.into_inner().volume.unwrap();
+        self.contexts.lock().unwrap().insert(volume.volume_id.clone(), volume.volume_context.clone());
+        Ok(volume)
     }
 
     pub async fn create(&self, name: &str, size: i64, usage: &Use) -> String {
@@ -105,7 +120,7 @@ impl Client {
     }
 
     pub async fn delete(&self, id: &str) -> Result<(), Status> {
-        let request = csi::DeleteVolumeRequest { volume_id: id.to_owned(), ..Default::default() };
+        let request = csi::DeleteVolumeRequest { volume_id: id.to_owned(), secrets: self.secrets[0].clone() };
         self.controller.clone().delete_volume(request).await.map(drop)
     }
 
@@ -114,6 +129,8 @@ impl Client {
             volume_id: id.to_owned(),
             staging_target_path: path.to_owned(),
             volume_capability: Some(usage.message()),
+            secrets: self.secrets[1].clone(),
+            volume_context: self.context(id),
             ..Default::default()
         };
         self.node.clone().node_stage_volume(request).await.map(drop)
@@ -135,7 +152,10 @@ impl Client {
     }
 
     pub async fn publish(&self, id: &str, staging: &str, target: &str, usage: &Use) -> Result<(), Status> {
-        self.node.clone().node_publish_volume(Self::publication(id, staging, target, usage)).await.map(drop)
+        let mut request = Self::publication(id, staging, target, usage);
+        request.secrets = self.secrets[1].clone();
+        request.volume_context = self.context(id);
+        self.node.clone().node_publish_volume(request).await.map(drop)
     }
 
     pub async fn unpublish(&self, id: &str, target: &str) -> Result<(), Status> {
@@ -153,17 +173,29 @@ impl Client {
         Ok(self.node.clone().node_expand_volume(request).await?.into_inner().capacity_bytes)
     }
 
+    /// By the controller.
+    pub async fn grow(&self, id: &str, size: i64) -> Result<i64, Status> {
+        let request = csi::ControllerExpandVolumeRequest {
+            volume_id: id.to_owned(),
+            capacity_range: Some(csi::CapacityRange { required_bytes: size, limit_bytes: 0 }),
+            secrets: self.secrets[0].clone(),
+            ..Default::default()
+        };
+        Ok(self.controller.clone().controller_expand_volume(request).await?.into_inner().capacity_bytes)
+    }
+
     pub async fn snapshot(&self, source: &str, name: &str) -> Result<csi::Snapshot, Status> {
         let request = csi::CreateSnapshotRequest {
             source_volume_id: source.to_owned(),
             name: name.to_owned(),
+            secrets: self.secrets[0].clone(),
             ..Default::default()
         };
         Ok(self.controller.clone().create_snapshot(request).await?.into_inner().snapshot.unwrap())
     }
 
     pub async fn delete_snapshot(&self, id: &str) -> Result<(), Status> {
-        let request = csi::DeleteSnapshotRequest { snapshot_id: id.to_owned(), ..Default::default() };
+        let request = csi::DeleteSnapshotRequest { snapshot_id: id.to_owned(), secrets: self.secrets[0].clone() };
         self.controller.clone().delete_snapshot(request).await.map(drop)
     }
 
@@ -172,7 +204,8 @@ impl Client {
     }
 
     pub async fn health(&self, id: &str) -> Result<Vec<String>, Status> {
-        let request = csi::ControllerGetVolumeHealthRequest { volume_id: id.to_owned(), ..Default::default() };
+        let request =
+            csi::ControllerGetVolumeHealthRequest { volume_id: id.to_owned(), secrets: self.secrets[0].clone() };
         let reply = self.controller.clone().controller_get_volume_health(request).await?.into_inner();
         Ok(reply.volume_health.unwrap().health_statuses.into_iter().map(|entry| entry.reason).collect())
     }

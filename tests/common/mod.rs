@@ -2,6 +2,7 @@
 #![allow(dead_code, unreachable_pub, unused_imports, unused_macros, reason = "each test file uses a part of it")]
 #![allow(clippy::disallowed_methods, clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "tests")]
 
+pub mod ceph;
 mod client;
 
 use std::collections::HashMap;
@@ -51,6 +52,8 @@ pub struct Lab {
 #[derive(Clone)]
 pub struct Config {
     pub pool: String,
+    /// `clusters:` and what lies below it; the driver is cephfs then.
+    pub clusters: Option<String>,
     pub extra: String,
     pub kubelet: bool,
 }
@@ -74,8 +77,12 @@ impl Lab {
         // Short: a socket's path has at most 107 bytes.
         let dir = tempfile::Builder::new().prefix("berth-").tempdir().unwrap();
         let path = dir.path().display();
-        let config =
-            Config { pool: format!("{{name: main, path: {path}/pool}}"), extra: String::new(), kubelet: false };
+        let config = Config {
+            pool: format!("{{name: main, path: {path}/pool}}"),
+            clusters: None,
+            extra: String::new(),
+            kubelet: false,
+        };
         Self { dir, config, driver: None, wrapper: Vec::new(), environment: Vec::new() }
     }
 
@@ -115,11 +122,15 @@ impl Lab {
     }
 
     pub fn write_config(&self) -> PathBuf {
-        let Config { pool, extra, kubelet } = &self.config;
+        let Config { pool, clusters, extra, kubelet } = &self.config;
         let dir = self.dir.path().display();
         let kubelet = if *kubelet { format!(", kubelet: {{registry: {dir}/registry}}") } else { String::new() };
+        let (backend, storage) = match clusters {
+            Some(clusters) => ("cephfs", clusters.clone()),
+            None => ("nvme", format!("pools:\n  - {pool}")),
+        };
         let text = format!(
-            "node: {{name: node-a}}\nlog: {{level: trace}}\n{extra}\npools:\n  - {pool}\ndrivers:\n  - {{backend: nvme, socket: {dir}/run/csi.sock{kubelet}}}\n"
+            "node: {{name: node-a}}\nlog: {{level: trace}}\n{extra}\n{storage}\ndrivers:\n  - {{backend: {backend}, socket: {dir}/run/csi.sock{kubelet}}}\n"
         );
         let path = self.path("config.yaml");
         std::fs::write(&path, text).unwrap();

@@ -7,6 +7,7 @@ use super::group::{Creation, Group, Info, State};
 use super::names::{Address, Subvolume};
 use super::notes::VolumeNotes;
 use super::parameters::{ClassParameters, MutableParameters, Pin, check_capability};
+use super::snapshots::check_not_shown;
 use super::{COPY_PATIENCE, Cephfs};
 use crate::backend::{Cloning, Controller, Growth, Listing, Modification, Page, PageRequest, Snapshots, VolumeHealth};
 use crate::config::Cluster;
@@ -262,7 +263,16 @@ impl Cephfs {
                 }
             }
         }
-        match group.remove(name) {
+        let removed = match group.remove(name) {
+            Err(refusal) if refusal.errno == Errno::NOTEMPTY => {
+                for snapshot in group.snapshots(name)? {
+                    check_not_shown(group, &subvolume.snapshot(&snapshot))?;
+                }
+                group.remove_retaining_snapshots(name)
+            }
+            removed => removed,
+        };
+        match removed {
             Err(refusal) if refusal.errno != Errno::NOENT => Err(refusal.into()),
             _ => Ok(()),
         }

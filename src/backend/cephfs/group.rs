@@ -185,8 +185,13 @@ impl Group<'_> {
         Ok(String::from_utf8_lossy(&answer).trim().to_owned())
     }
 
-    /// Deletes it; snapshots stay. Not being there is `ENOENT`.
+    /// Deletes it. Not being there is `ENOENT`, having snapshots `ENOTEMPTY`.
     pub(super) fn remove(&self, name: &str) -> Answer<()> {
+        self.change("fs subvolume rm", name, []).map(drop)
+    }
+
+    /// Deletes it, and keeps its snapshots.
+    pub(super) fn remove_retaining_snapshots(&self, name: &str) -> Answer<()> {
         self.change("fs subvolume rm", name, [("retain_snapshots", json!(true))]).map(drop)
     }
 

@@ -153,7 +153,7 @@ impl Mounts {
             if made {
                 let _ = crate::host::paths::remove_empty(target);
             }
-            explain(plan, account, error)
+            explain(plan, account, &error)
         })
     }
 
@@ -268,14 +268,14 @@ fn monitors(text: &str) -> Result<Vec<Monitor>> {
     Ok(found)
 }
 
-/// What ceph-fuse prints, as what to do about it.
-fn explain(plan: &Plan<'_>, account: &Account, error: Error) -> Error {
-    let said = error.to_string();
+/// What ceph-fuse prints, as what to do about it. A key that it can't read it prints.
+fn explain(plan: &Plan<'_>, account: &Account, error: &Error) -> Error {
+    let said = error.to_string().replace(&account.key, "(the key)");
     let (user, path) = (&account.user, plan.path);
     let what = format!("ceph-fuse cannot mount {path} of file system {} as client.{user}", plan.address.filesystem());
     let kind = if said.contains("No such file or directory") && said.contains("mount failed") {
         ErrorKind::NotFound
-    } else if ["auth_bad_method", "Permission denied", "Operation not permitted", "keyring"]
+    } else if ["auth_bad_method", "Permission denied", "Operation not permitted", "keyring", "decode key"]
         .iter()
         .any(|sign| said.contains(sign))
     {
@@ -287,7 +287,7 @@ fn explain(plan: &Plan<'_>, account: &Account, error: Error) -> Error {
     } else {
         error.kind()
     };
-    Error::caused(kind, what, error)
+    Error::new(kind, format!("{what}: {said}"))
 }
 
 #[cfg(test)]

@@ -3,6 +3,9 @@
 //! A snapshot outlives its volume: deleting that keeps it. A volume that is only read need not be a copy: it shows the
 //! snapshot where it lies. Such a volume is an empty subvolume without a quota, whose notes say what it shows; before
 //! it is made, the snapshot's metadata gets a key that names it, so whoever deletes the snapshot knows where to look.
+//! The volume that the snapshot was taken of has to stay as well: what was deleted lies in a folder of Ceph's own, and
+//! a node that may only see its group can't read it there, not even in a snapshot. So a snapshot whose volume is gone
+//! is copied.
 
 use std::collections::BTreeMap;
 use std::time::{Duration, SystemTime};
@@ -94,15 +97,7 @@ impl Snapshots for Cephfs {
         };
         let account = Account::of(secrets, cluster)?;
         let group = &self.group(cluster, &account, subvolume);
-        for key in group.all_snapshot_metadata(&subvolume.name, name)?.keys() {
-            let Some(volume) = key.strip_prefix(SHOWN_BY) else { continue };
-            if let State::Present(_) = group.info(volume)?
-                && let Some(shown) = VolumeNotes::read(group, volume)?.and_then(|notes| notes.shows)
-                && (&shown.subvolume, &shown.snapshot) == (&subvolume.name, name)
-            {
-                fail!(Precondition, "snapshot {id} is shown by volume {}: delete that first", group.subvolume(volume));
-            }
-        }
+        check_not_shown(group, &address)?;
         match group.remove_snapshot(&subvolume.name, name) {
             Ok(()) => {}
             Err(refusal) if refusal.errno == Errno::NOENT => group.check_filesystem()?,
@@ -169,14 +164,17 @@ impl Snapshots for Cephfs {
         let is_near = (&target.cluster, &target.filesystem, &target.group)
             == (&address.subvolume.cluster, &address.subvolume.filesystem, &address.subvolume.group);
         if is_read && is_near && !class.copies_snapshots {
-            return self.with(&target, secrets, |group| self.ensure_shown(group, id, spec, &class, &address));
+            let shown = self.with(&target, secrets, |group| self.ensure_shown(group, id, spec, &class, &address))?;
+            if let Some(volume) = shown {
+                return Ok(volume);
+            }
         }
         self.ensure_copied_from_snapshot(id, spec, &class, &address, secrets)
     }
 }
 
 impl Cephfs {
-    /// Makes a volume that shows the snapshot, or finds it.
+    /// Makes a volume that shows the snapshot, or finds it. `None`: it has to be a copy.
     fn ensure_shown(
         &self,
         group: &Group<'_>,
@@ -184,11 +182,11 @@ impl Cephfs {
         spec: &Spec,
         class: &ClassParameters,
         source: &SnapshotAddress,
-    ) -> Result<Volume> {
+    ) -> Result<Option<Volume>> {
         let name = &self.subvolume_for(&spec.name, class)?.name;
         let content = ContentSource::Snapshot(source.id()?.as_str().to_owned());
         let (is_there, path) = match group.info(name)? {
-            State::Copying => fail!(Conflict, "{id} exists, and is a copy"),
+            State::Copying => return Ok(None),
             State::Absent | State::Retained => (false, None),
             State::Present(info) => match VolumeNotes::read(group, name)? {
                 Some(notes) if notes.source.as_ref() == Some(&content) && notes.shows.is_some() => {
@@ -196,16 +194,21 @@ impl Cephfs {
                     if spec.capacity.is_some_and(|range| !range.allows(size)) {
                         fail!(Conflict, "{id} exists, but its size is {size} bytes");
                     }
-                    return self.describe(group, id, size, &info.path, &notes);
+                    return self.describe(group, id, size, &info.path, &notes).map(Some);
                 }
+                Some(notes) if notes.source.as_ref() == Some(&content) => return Ok(None),
                 Some(notes) => fail!(Conflict, "{id} exists, but was made from {:?}", notes.source),
-                None if info.is_copy || info.size.is_some() => {
+                None if info.is_copy => return Ok(None),
+                None if info.size.is_some() => {
                     fail!(Conflict, "{id} exists, and is no view of a snapshot")
                 }
                 // It was interrupted.
                 None => (true, Some(info.path)),
             },
         };
+        if !is_there && !matches!(group.info(&source.subvolume.name)?, State::Present(_)) {
+            return Ok(None);
+        }
         let Some(view) = view(group, source)? else {
             fail!(NotFound, "the source snapshot {} does not exist", source.id()?)
         };
@@ -220,7 +223,7 @@ impl Cephfs {
         }
         notes.write(group, name)?;
         let size = notes.shows.as_ref().map_or(0, |shown| shown.size);
-        self.describe(group, id, size, path.as_deref().unwrap_or_default(), &notes)
+        self.describe(group, id, size, path.as_deref().unwrap_or_default(), &notes).map(Some)
     }
 
     /// The subvolume of the group that has a snapshot of this name, as far as is known: Ceph may have lost it since.
@@ -243,6 +246,23 @@ impl Cephfs {
             change(hints);
         }
     }
+}
+
+/// # Errors
+/// `Precondition`, while a volume shows the snapshot.
+pub(super) fn check_not_shown(group: &Group<'_>, snapshot: &SnapshotAddress) -> Result<()> {
+    let SnapshotAddress { subvolume, name } = snapshot;
+    for key in group.all_snapshot_metadata(&subvolume.name, name)?.keys() {
+        let Some(volume) = key.strip_prefix(SHOWN_BY) else { continue };
+        if let State::Present(_) = group.info(volume)?
+            && let Some(shown) = VolumeNotes::read(group, volume)?.and_then(|notes| notes.shows)
+            && (&shown.subvolume, &shown.snapshot) == (&subvolume.name, name)
+        {
+            let volume = group.subvolume(volume);
+            fail!(Precondition, "snapshot {} is shown by volume {volume}: delete that first", snapshot.id()?);
+        }
+    }
+    Ok(())
 }
 
 /// Where a snapshot's contents are. `None`: there is no such snapshot.
