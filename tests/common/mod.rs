@@ -4,6 +4,7 @@
 
 pub mod ceph;
 mod client;
+pub mod tracer;
 
 use std::collections::HashMap;
 use std::fs::File;
