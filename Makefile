@@ -5,10 +5,10 @@ export CARGO_TERM_COLOR ?= auto
 DRIVER ?= nvme
 quickstart_args = $(if $(KEEP),--keep) $(if $(AT),--path "$(AT)")
 
-.PHONY: help quickstart build check test sanity bench clean
+.PHONY: help quickstart build check test test-vm sanity bench clean
 
 help: ## This list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 quickstart: ## See it work: a pool in a folder, a volume made, mounted, written, read, grown, snapshotted, deleted (KEEP=1 leaves it; AT=/some/path mounts it there)
 	@scripts/setup.sh run
@@ -28,6 +28,9 @@ check: ## Format, lints, documentation, dependencies, unit tests
 
 test: ## Everything that this machine can test, after installing what that needs
 	@scripts/test.sh
+
+test-vm: ## What needs a kernel with CephFS, in a virtual machine that has one
+	@scripts/test-vm.sh
 
 sanity: ## csi-sanity against the real binary (DRIVER=nvme)
 	@scripts/sanity.sh $(DRIVER)
