@@ -71,7 +71,7 @@ impl Failure<'_> {
 
 /// The kernel's log from some moment on. Other mounts' lines are among it: it is evidence, not proof.
 ///
-/// Without `/dev/kmsg` or CAP_SYSLOG there is none, and the messages are less exact.
+/// Without `/dev/kmsg` there is none, and the messages are less exact.
 pub(super) struct KernelLog {
     log: Option<OwnedFd>,
     lines: Vec<String>,
@@ -80,8 +80,13 @@ pub(super) struct KernelLog {
 impl KernelLog {
     pub(super) fn from_now() -> Self {
         let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::CLOEXEC;
-        let opened = rustix::fs::open("/dev/kmsg", flags, Mode::empty())
-            .and_then(|log| rustix::fs::seek(&log, SeekFrom::End(0)).map(|_| log));
+        let opened = rustix::fs::open("/dev/kmsg", flags, Mode::empty()).and_then(|log| {
+            // Containers may have something else there, /dev/null or a terminal.
+            if rustix::fs::fstat(&log)?.st_rdev != rustix::fs::makedev(1, 11) {
+                return Err(Errno::NODEV);
+            }
+            rustix::fs::seek(&log, SeekFrom::End(0)).map(|_| log)
+        });
         Self { log: opened.ok(), lines: Vec::new() }
     }
 
