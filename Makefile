@@ -3,9 +3,10 @@
 export CARGO_TERM_COLOR ?= auto
 
 DRIVER ?= nvme
+lab = $(or $(BERTH_LAB),/var/tmp/berth-lab)
 quickstart_args = $(if $(KEEP),--keep) $(if $(AT),--path "$(AT)")
 
-.PHONY: help quickstart build check test test-vm sanity bench clean
+.PHONY: help quickstart build check test test-vm sanity lab lab-down bench clean
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -32,8 +33,17 @@ test: ## Everything that this machine can test, after installing what that needs
 test-vm: ## What needs a kernel with CephFS, in a virtual machine that has one
 	@scripts/test-vm.sh
 
-sanity: ## csi-sanity against the real binary (DRIVER=nvme)
+sanity: ## csi-sanity against the real binary (DRIVER=nvme or cephfs)
 	@scripts/sanity.sh $(DRIVER)
+
+lab: ## A Ceph cluster on this machine, to try CephFS with (BERTH_LAB=/var/tmp/berth-lab is where; RGW=1 adds S3)
+	@scripts/setup.sh lab
+	@scripts/lab.sh up "$(lab)"
+	@echo "Its addresses and keys:  . $(lab)/env"
+	@echo "Ask it:                  ceph --conf $(lab)/ceph.conf status"
+
+lab-down: ## Stop that cluster and remove it
+	@scripts/lab.sh down "$(lab)"
 
 bench: ## The figures of docs/benchmarks.md, measured here
 	@scripts/setup.sh bench

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Installs what is missing on a Debian machine. setup.sh run: what the driver calls; setup.sh test: what the tests need too.
+# Installs what is missing on a Debian machine. setup.sh run: what the driver calls; setup.sh test: what the tests need too;
+# setup.sh lab: what scripts/lab.sh needs.
 # Prints a line for each thing that can't be had; the tests then skip what needs it, and say so.
 set -euo pipefail
 cache=${XDG_CACHE_HOME:-$HOME/.cache}/berth
@@ -12,13 +13,14 @@ command -v cc >/dev/null || packages+=(gcc libc6-dev) # cargo links with it
 need mkfs.xfs xfsprogs
 need mkfs.ext4 e2fsprogs
 need losetup mount
-if [ "${1:-run}" != run ]; then
+case ${1:-run} in test | bench)
   need mkfs.btrfs btrfs-progs
   need strace strace
   need setpriv util-linux
-fi
+esac
 [ "${1:-run}" != bench ] || need fio fio
-if [ ${#packages[@]} -gt 0 ]; then
+install() {
+  [ ${#packages[@]} -gt 0 ] || return 0
   if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
     echo "installing: ${packages[*]}"
     # The package lists may be missing or old; installing says so if they still are after this.
@@ -27,7 +29,19 @@ if [ ${#packages[@]} -gt 0 ]; then
   else
     echo "SKIPPED installing ${packages[*]}: needs root and apt-get"
   fi
-fi
+}
+install
+
+case ${1:-run} in test | lab)
+  # By themselves, since not every release has them.
+  packages=()
+  for program in ceph-mon ceph-mgr ceph-osd ceph-mds ceph-fuse; do need "$program" "$program"; done
+  need ceph ceph-common
+  [ -z "${RGW:-}" ] || need radosgw radosgw
+  [ -d /usr/share/ceph/mgr/volumes ] || packages+=(ceph-mgr-modules-core)
+  /sbin/ldconfig -p | grep -F librados.so.2 >/dev/null || packages+=(librados2)
+  install || echo "SKIPPED installing ${packages[*]}: apt-get could not"
+esac
 
 [ "${1:-run}" = test ] || exit 0
 command -v rustfmt >/dev/null && cargo clippy --version >/dev/null 2>&1 || rustup component add rustfmt clippy || true

@@ -1,27 +1,34 @@
 //! One lock per volume id.
 //!
 //! A guard is owned, so that it moves into the task that does the work and lives as long as the work does, not as
-//! long as the call. Nothing here knows what a volume is.
+//! long as the call. Several may share a lock that they only need to hold still, such as that of a volume to be copied.
+//! Nothing here knows what a volume is.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use tokio::sync::OwnedMutexGuard;
+use tokio::sync::{OwnedRwLockReadGuard, OwnedRwLockWriteGuard, RwLock};
 
 use crate::error::{Error, ErrorKind, Result};
 
 /// The locks of one driver.
 #[derive(Clone, Default)]
 pub struct Locks {
-    held: Arc<Mutex<HashMap<String, Arc<tokio::sync::Mutex<()>>>>>,
+    held: Arc<Mutex<HashMap<String, Arc<RwLock<()>>>>>,
 }
 
 /// Holds one key until dropped.
 pub struct Guard {
     locks: Locks,
     key: String,
-    held: Option<OwnedMutexGuard<()>>,
+    held: Option<Held>,
+}
+
+/// Only there to be dropped.
+enum Held {
+    Alone(#[expect(dead_code, reason = "dropping it frees the lock")] OwnedRwLockWriteGuard<()>),
+    Shared(#[expect(dead_code, reason = "dropping it frees the lock")] OwnedRwLockReadGuard<()>),
 }
 
 impl Locks {
@@ -30,10 +37,27 @@ impl Locks {
     /// # Errors
     /// `Busy` when another call still holds it; CSI 1.13 has ABORTED for "operation pending for volume".
     pub async fn lock(&self, key: &str, patience: Duration) -> Result<Guard> {
+        self.hold(key, patience, async |lock| Held::Alone(lock.write_owned().await)).await
+    }
+
+    /// Takes the key's lock together with others who share it.
+    ///
+    /// # Errors
+    /// As for [`Self::lock`].
+    pub async fn share(&self, key: &str, patience: Duration) -> Result<Guard> {
+        self.hold(key, patience, async |lock| Held::Shared(lock.read_owned().await)).await
+    }
+
+    async fn hold(
+        &self,
+        key: &str,
+        patience: Duration,
+        take: impl AsyncFnOnce(Arc<RwLock<()>>) -> Held,
+    ) -> Result<Guard> {
         let lock = self.table().entry(key.to_owned()).or_default().clone();
         // Made before the wait: a caller that gives up, or is cancelled, must not leave the entry behind.
         let mut guard = Guard { locks: self.clone(), key: key.to_owned(), held: None };
-        match tokio::time::timeout(patience, lock.lock_owned()).await {
+        match tokio::time::timeout(patience, take(lock)).await {
             Ok(held) => {
                 guard.held = Some(held);
                 Ok(guard)
@@ -42,7 +66,7 @@ impl Locks {
         }
     }
 
-    fn table(&self) -> std::sync::MutexGuard<'_, HashMap<String, Arc<tokio::sync::Mutex<()>>>> {
+    fn table(&self) -> std::sync::MutexGuard<'_, HashMap<String, Arc<RwLock<()>>>> {
         self.held.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -72,6 +96,18 @@ mod tests {
         assert!(locks.lock("b", SHORT).await.is_ok());
         drop(first);
         assert!(locks.lock("a", SHORT).await.is_ok());
+    }
+
+    #[tokio::test]
+    async fn those_who_share_a_lock_keep_out_who_wants_it_alone() {
+        let locks = Locks::default();
+        let shared = [locks.share("a", SHORT).await.unwrap(), locks.share("a", SHORT).await.unwrap()];
+        assert_eq!(locks.lock("a", SHORT).await.err().unwrap().kind(), ErrorKind::Busy);
+        drop(shared);
+        let alone = locks.lock("a", SHORT).await.unwrap();
+        assert!(locks.share("a", SHORT).await.is_err());
+        drop(alone);
+        assert!(locks.table().is_empty());
     }
 
     #[tokio::test]

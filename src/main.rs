@@ -1,13 +1,14 @@
 //! Parse the arguments, wire the parts, run. The only place that builds concrete back ends.
 
 use std::collections::BTreeMap;
-use std::process::ExitCode;
 use std::sync::Arc;
 
 use berth::backend::Backend;
+use berth::backend::cephfs::Cephfs;
 use berth::backend::nvme::Nvme;
 use berth::cli::{self, Arguments, Command, ConfigCommand};
 use berth::config::{BackendKind, Config, Driver};
+use berth::host::processes;
 use berth::locks::Locks;
 use berth::rpc::Front;
 use berth::telemetry::{self, Metrics};
@@ -16,16 +17,14 @@ use clap::Parser;
 /// Few: calls do their work on threads of their own, and every stack is memory on every node.
 const RUNTIME_THREADS: usize = 2;
 
-fn main() -> ExitCode {
+fn main() {
     // Everything that is made from here on is private unless it says otherwise.
     rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o077));
-    match run(Arguments::parse()) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("berth: {error:#}");
-            ExitCode::FAILURE
-        }
+    let result = run(Arguments::parse());
+    if let Err(error) = &result {
+        eprintln!("berth: {error:#}");
     }
+    processes::exit(i32::from(result.is_err()))
 }
 
 fn run(arguments: Arguments) -> anyhow::Result<()> {
@@ -58,7 +57,7 @@ fn drivers(config: &Config, metrics: &Arc<Metrics>) -> Vec<(Driver, Front)> {
     for driver in &config.drivers {
         let shared = backends
             .entry(driver.backend)
-            .or_insert_with(|| (backend(driver.backend, config), Locks::default()))
+            .or_insert_with(|| (backend(driver.backend, config, metrics), Locks::default()))
             .clone();
         fronts.entry(&driver.name).or_insert_with(|| {
             Front::new(&driver.name, config.node.clone(), shared, config.deadlines, metrics.clone())
@@ -67,7 +66,7 @@ fn drivers(config: &Config, metrics: &Arc<Metrics>) -> Vec<(Driver, Front)> {
     config.drivers.iter().map(|driver| (driver.clone(), fronts[driver.name.as_str()].clone())).collect()
 }
 
-fn backend(kind: BackendKind, config: &Config) -> Backend {
+fn backend(kind: BackendKind, config: &Config, metrics: &Arc<Metrics>) -> Backend {
     match kind {
         BackendKind::Nvme => {
             let nvme = Nvme::new(&config.node, &config.pools, config.deadlines.command);
@@ -75,5 +74,6 @@ fn backend(kind: BackendKind, config: &Config) -> Backend {
             tokio::task::spawn_blocking(move || starting.start());
             nvme.backend()
         }
+        BackendKind::Cephfs => Cephfs::new(config, metrics.clone()).backend(),
     }
 }

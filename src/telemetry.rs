@@ -32,6 +32,7 @@ pub fn start_logging(log: &Log) -> Result<()> {
 pub struct Metrics {
     registry: Registry,
     calls: Family<CallLabels, Histogram>,
+    ceph: Family<CephLabels, Histogram>,
     in_flight: Family<DriverLabels, Gauge>,
     memory: Gauge<i64, AtomicI64>,
 }
@@ -41,6 +42,13 @@ struct CallLabels {
     driver: String,
     rpc: &'static str,
     code: &'static str,
+}
+
+#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
+struct CephLabels {
+    cluster: String,
+    command: &'static str,
+    errno: i32,
 }
 
 #[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
@@ -54,12 +62,19 @@ impl Default for Metrics {
         // 0.25 ms to 4 minutes.
         let histogram: fn() -> Histogram = || Histogram::new(exponential_buckets(0.000_25, 4.0, 11));
         let calls = Family::new_with_constructor(histogram);
+        let ceph = Family::new_with_constructor(histogram);
         let in_flight = Family::default();
         let memory = Gauge::default();
         registry.register_with_unit("rpc_duration", "Time to answer a CSI call", Unit::Seconds, calls.clone());
+        registry.register_with_unit(
+            "ceph_command_duration",
+            "Time to answer a Ceph command",
+            Unit::Seconds,
+            ceph.clone(),
+        );
         registry.register("rpc_in_flight", "CSI calls being answered now", in_flight.clone());
         registry.register_with_unit("process_resident_memory", "Memory of this process", Unit::Bytes, memory.clone());
-        Self { registry, calls, in_flight, memory }
+        Self { registry, calls, ceph, in_flight, memory }
     }
 }
 
@@ -74,6 +89,12 @@ impl Metrics {
     /// A call has been answered.
     pub fn answered(&self, driver: &str, rpc: &'static str, code: &'static str, after: Duration) {
         self.calls.get_or_create(&CallLabels { driver: driver.to_owned(), rpc, code }).observe(after.as_secs_f64());
+    }
+
+    /// Ceph has answered a command, or has not: `errno` 0 is success, 110 no answer.
+    pub fn ceph_answered(&self, cluster: &str, command: &'static str, errno: i32, after: Duration) {
+        let labels = CephLabels { cluster: cluster.to_owned(), command, errno };
+        self.ceph.get_or_create(&labels).observe(after.as_secs_f64());
     }
 
     /// Everything in the OpenMetrics text format.

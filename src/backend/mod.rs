@@ -5,6 +5,7 @@
 //! its own, under the volume's lock and with a deadline. `ensure_*` is idempotent by contract: what is already so is
 //! compared, and a difference is `Conflict`. No back end knows another, gRPC, or the runtime.
 
+pub mod cephfs;
 pub mod nvme;
 
 use std::path::{Path, PathBuf};
@@ -107,7 +108,7 @@ pub trait VolumeHealth {
     /// Empty: nothing known to be wrong. `None`: no such volume.
     fn health(&self, id: &VolumeId, secrets: &Secrets) -> Result<Option<Vec<HealthProblem>>>;
 
-    /// The volumes that are not well.
+    /// The volumes that are not well. A page may be empty and yet have a next one.
     fn list_unwell(&self, page: &PageRequest) -> Result<Page<(VolumeId, Vec<HealthProblem>)>>;
 }
 
@@ -146,16 +147,12 @@ pub trait Cloning {
 
 /// CREATE_DELETE_SNAPSHOT, LIST_SNAPSHOTS and GET_SNAPSHOT.
 pub trait Snapshots {
-    /// The id of the snapshot that a request of this name means. Asks nobody.
-    fn snapshot_id(&self, name: &Name) -> Result<SnapshotId>;
-
     /// Freezes what `source` holds now, or finds the snapshot of an earlier call.
     ///
     /// # Errors
     /// `Conflict` when the name is taken by a snapshot of another volume.
     fn ensure_snapshot(
         &self,
-        id: &SnapshotId,
         name: &Name,
         source: &VolumeId,
         parameters: &Parameters,
@@ -170,7 +167,12 @@ pub trait Snapshots {
     fn find_snapshot(&self, id: &SnapshotId, secrets: &Secrets) -> Result<Option<Snapshot>>;
 
     /// Lists them, all or those of one volume.
-    fn list_snapshots(&self, source: Option<&VolumeId>, page: &PageRequest) -> Result<Page<Snapshot>>;
+    fn list_snapshots(
+        &self,
+        source: Option<&VolumeId>,
+        page: &PageRequest,
+        secrets: &Secrets,
+    ) -> Result<Page<Snapshot>>;
 
     /// Makes a volume with a snapshot's contents, or finds it.
     ///
@@ -202,6 +204,17 @@ pub trait Node: Send + Sync {
 
     /// Takes whatever of this volume is at the staging path away from there.
     fn ensure_unstaged(&self, id: &VolumeId, path: &MountPath) -> Result<()>;
+
+    /// The volume is about to be shown at `target`: what of it is dead, there and at the staging path, is taken away, and
+    /// staged again. Default: volumes don't die.
+    fn ensure_alive(&self, _: &Stage, _target: &MountPath, _: &Secrets) -> Result<()> {
+        Ok(())
+    }
+
+    /// Takes the uppermost mount at a published path away.
+    fn unmount(&self, target: &Path) -> Result<()> {
+        mounts::unmount_top(target)
+    }
 
     /// Is what is at this path, as file system or device, this very volume?
     fn is_at(&self, id: &VolumeId, path: &Path) -> Result<bool>;

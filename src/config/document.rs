@@ -97,6 +97,28 @@ impl<'a> Section<'a> {
         )
     }
 
+    /// A list of single values, each parsed; empty if the key is not there. `None`: one is wrong, and that has been noted.
+    pub(super) fn values<T>(&self, key: &'static str, parse: impl Fn(&str) -> Result<T, String>) -> Option<Vec<T>> {
+        let items = match self.get(key) {
+            None => return Some(Vec::new()),
+            Some(Value::Array(items)) => items,
+            Some(_) => return self.reader.mistake(&self.at(key), "a list is needed here: write [a, b]"),
+        };
+        let one = |(index, item): (usize, &Value)| {
+            let path = format!("{}[{index}]", self.at(key));
+            let Value::String(text) = item else {
+                return self.reader.mistake(&path, "a text is needed here: put it in quotes");
+            };
+            let text = self.expand(text).or_else(|message| self.reader.mistake(&path, message).ok_or(())).ok()?;
+            parse(&text)
+                .or_else(|message| self.reader.mistake(&path, format!("{text:?} is wrong: {message}")).ok_or(()))
+                .ok()
+        };
+        // All of them, so that every mistake is found.
+        let parsed: Vec<_> = items.iter().enumerate().map(one).collect();
+        parsed.into_iter().collect()
+    }
+
     pub(super) fn required<T>(&self, key: &'static str, parse: impl FnOnce(&str) -> Result<T, String>) -> Option<T> {
         self.read(key, parse).unwrap_or_else(|| self.reader.mistake(&self.at(key), "is missing"))
     }

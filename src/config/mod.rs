@@ -31,6 +31,10 @@ pub struct Config {
     pub deadlines: Deadlines,
     /// Where local volumes are carved from.
     pub pools: Vec<Pool>,
+    /// Where cluster storage is.
+    pub clusters: Vec<Cluster>,
+    /// File systems in user space.
+    pub fuse: Fuse,
     /// What is served, and where.
     pub drivers: Vec<Driver>,
 }
@@ -53,6 +57,8 @@ pub struct Deadlines {
     pub question: Duration,
     /// A program such as mkfs is killed after this time.
     pub command: Duration,
+    /// A command to Ceph has to be answered within this time. Below `call`.
+    pub ceph: Duration,
     /// A call waits so long for another one on the same volume before it is Aborted.
     pub lock: Duration,
 }
@@ -63,6 +69,7 @@ impl Default for Deadlines {
             call: Duration::from_secs(100),
             question: Duration::from_secs(10),
             command: Duration::from_secs(90),
+            ceph: Duration::from_secs(30),
             lock: Duration::from_secs(2),
         }
     }
@@ -92,6 +99,38 @@ pub enum Fallback {
     Root,
 }
 
+/// A Ceph cluster.
+#[derive(Clone, Debug)]
+pub struct Cluster {
+    /// What classes and volume ids call it: at most 16 bytes.
+    pub name: String,
+    /// Addresses of monitors, each as `HOST:PORT`, `v1:HOST:PORT` or `v2:HOST:PORT`.
+    pub monitors: Vec<String>,
+    /// Its file systems: the first one is where a class that names none makes volumes; all are listed.
+    pub filesystems: Vec<String>,
+    /// Subvolume groups, likewise.
+    pub groups: Vec<String>,
+    /// For calls that bring no secrets, such as lists. Absent: they are not offered.
+    pub account: Option<Account>,
+}
+
+/// A Ceph user.
+#[derive(Clone, Debug)]
+pub struct Account {
+    /// Without `client.`.
+    pub user: String,
+    /// The file that holds its key and nothing else. It is read anew for each connection.
+    pub key_file: PathBuf,
+}
+
+/// File systems in user space.
+#[derive(Clone, Debug, Default)]
+pub struct Fuse {
+    /// Their processes are moved into this control group, so that they outlive the one that Berth runs in. Absent: they
+    /// stay in Berth's.
+    pub cgroup: Option<PathBuf>,
+}
+
 /// One driver on one socket.
 #[derive(Clone, Debug)]
 pub struct Driver {
@@ -112,6 +151,18 @@ pub struct Driver {
 pub enum BackendKind {
     /// Local volumes.
     Nvme,
+    /// Cluster storage.
+    Cephfs,
+}
+
+impl BackendKind {
+    /// Its name in the file, and in the default driver name.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Nvme => "nvme",
+            Self::Cephfs => "cephfs",
+        }
+    }
 }
 
 /// Which services a socket has.

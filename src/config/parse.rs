@@ -6,7 +6,7 @@ use std::time::Duration;
 use serde_json::Value;
 
 use super::document::{Reader, Section};
-use super::{BackendKind, Config, Deadlines, Driver, Fallback, Kubelet, Log, Pool, Role};
+use super::{Account, BackendKind, Cluster, Config, Deadlines, Driver, Fallback, Fuse, Kubelet, Log, Pool, Role};
 use crate::volume::{MountPath, NodeName, parse_bytes};
 
 impl<'a> Reader<'a> {
@@ -44,14 +44,19 @@ impl<'a> Reader<'a> {
             call: duration("call", usual.call),
             question: duration("question", usual.question),
             command: duration("command", usual.command),
+            ceph: duration("ceph", usual.ceph),
             lock: duration("lock", usual.lock),
         };
         deadlines.end();
 
         let pools = root.list("pools").into_iter().map(|pool| self.pool(pool)).collect::<Vec<_>>();
+        let clusters = root.list("clusters").into_iter().map(|cluster| self.cluster(cluster)).collect::<Vec<_>>();
+        let fuse = root.section("fuse");
+        let cgroup = fuse.read("cgroup", absolute);
+        fuse.end();
         let drivers = root.list("drivers").into_iter().map(|driver| self.driver(driver)).collect::<Vec<_>>();
         root.end();
-        self.check_together(&pools, &drivers);
+        self.check_together(&pools, &clusters, &drivers);
 
         Some(Config {
             node: name?,
@@ -59,18 +64,14 @@ impl<'a> Reader<'a> {
             http: address.flatten(),
             deadlines: read,
             pools: pools.into_iter().collect::<Option<_>>()?,
+            clusters: clusters.into_iter().collect::<Option<_>>()?,
+            fuse: Fuse { cgroup: cgroup.flatten() },
             drivers: drivers.into_iter().collect::<Option<_>>()?,
         })
     }
 
     fn pool(&self, section: Section<'_>) -> Option<Pool> {
-        let name = section.required("name", |text| {
-            let fits = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-';
-            if text.is_empty() || text.len() > 63 || !text.chars().all(fits) {
-                return Err("write up to 63 lower-case letters, digits and `-`".to_owned());
-            }
-            Ok(text.to_owned())
-        });
+        let name = section.required("name", |text| plain_name(text, 63));
         let path = section.required("path", absolute);
         let cap = section.read("cap", |text| match parse_bytes(text) {
             Ok(0) => Err("nothing would fit: write a size, or leave it out".to_owned()),
@@ -91,12 +92,47 @@ impl<'a> Reader<'a> {
         Some(Pool { name: name?, path: path?, cap: cap.flatten(), thin: thin?, fallback: fallback? })
     }
 
+    fn cluster(&self, section: Section<'_>) -> Option<Cluster> {
+        // It is a part of every volume id, which has at most 128 bytes.
+        let name = section.required("name", |text| plain_name(text, 16));
+        let monitors = section.values("monitors", monitor);
+        if monitors.as_ref().is_some_and(Vec::is_empty) {
+            self.mistake::<()>(
+                &section.at("monitors"),
+                "is missing: list at least one address, such as v2:10.0.0.1:3300",
+            );
+        }
+        let filesystems = section.values("filesystems", ceph_name);
+        let groups = section.values("groups", ceph_name);
+        let user = section.read("user", ceph_name);
+        let key_file = section.read("keyFile", absolute);
+        if user.is_some() != key_file.is_some() {
+            let missing = if user.is_some() { "keyFile" } else { "user" };
+            self.mistake::<()>(&section.at(missing), "is missing: `user` and `keyFile` belong together");
+        }
+        section.end();
+        let account = match (user, key_file) {
+            (Some(user), Some(key_file)) => Some(Account { user: user?, key_file: key_file? }),
+            _ => None,
+        };
+        let or = |list: Vec<String>, usual: &str| if list.is_empty() { vec![usual.to_owned()] } else { list };
+        Some(Cluster {
+            name: name?,
+            monitors: monitors?,
+            filesystems: or(filesystems?, "cephfs"),
+            groups: or(groups?, "csi"),
+            account,
+        })
+    }
+
     fn driver(&self, section: Section<'_>) -> Option<Driver> {
         let backend = section.required("backend", |text| match text {
             "nvme" => Ok(BackendKind::Nvme),
-            _ => Err("this build has: nvme".to_owned()),
+            "cephfs" => Ok(BackendKind::Cephfs),
+            _ => Err("this build has: cephfs, nvme".to_owned()),
         });
-        let name = section.read("name", driver_name).unwrap_or(Some("nvme.csi.berth.dev".to_owned()));
+        let usual = backend.map(|backend| format!("{}.csi.berth.dev", backend.name()));
+        let name = section.read("name", driver_name).unwrap_or(usual);
         let role = section
             .read("role", |text| match text {
                 "controller" => Ok(Role::Controller),
@@ -130,7 +166,13 @@ impl<'a> Reader<'a> {
     }
 
     /// What is right by itself may be wrong beside the rest.
-    fn check_together(&self, pools: &[Option<Pool>], drivers: &[Option<Driver>]) {
+    fn check_together(&self, pools: &[Option<Pool>], clusters: &[Option<Cluster>], drivers: &[Option<Driver>]) {
+        for (index, cluster) in clusters.iter().enumerate() {
+            let Some(cluster) = cluster else { continue };
+            if clusters[..index].iter().flatten().any(|earlier| earlier.name == cluster.name) {
+                self.mistake::<()>(&format!("clusters[{index}].name"), format!("{} is used twice", cluster.name));
+            }
+        }
         for (index, pool) in pools.iter().enumerate() {
             let Some(pool) = pool else { continue };
             for earlier in pools[..index].iter().flatten() {
@@ -151,6 +193,12 @@ impl<'a> Reader<'a> {
             if driver.backend == BackendKind::Nvme && pools.is_empty() {
                 self.mistake::<()>("pools", "the nvme back end needs at least one pool with a name and a path");
             }
+            if driver.backend == BackendKind::Cephfs && driver.role.has_controller() && clusters.is_empty() {
+                self.mistake::<()>(
+                    "clusters",
+                    "the cephfs controller needs at least one cluster with a name and monitors",
+                );
+            }
             for earlier in drivers[..index].iter().flatten() {
                 if earlier.socket == driver.socket {
                     self.mistake::<()>(&format!("drivers[{index}].socket"), "is used twice");
@@ -165,6 +213,32 @@ impl<'a> Reader<'a> {
                 }
             }
         }
+    }
+}
+
+fn plain_name(text: &str, longest: usize) -> Result<String, String> {
+    let fits = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-';
+    if text.is_empty() || text.len() > longest || !text.chars().all(fits) {
+        return Err(format!("write up to {longest} lower-case letters, digits and `-`"));
+    }
+    Ok(text.to_owned())
+}
+
+/// The characters that Ceph allows in names of file systems, groups and subvolumes.
+fn ceph_name(text: &str) -> Result<String, String> {
+    let fits = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
+    if text.is_empty() || !text.chars().all(fits) || text.starts_with('.') {
+        return Err("write letters, digits, `-`, `_` and `.`".to_owned());
+    }
+    Ok(text.to_owned())
+}
+
+fn monitor(text: &str) -> Result<String, String> {
+    let address = text.strip_prefix("v1:").or_else(|| text.strip_prefix("v2:")).unwrap_or(text);
+    let port = address.rsplit_once(':').map(|(host, port)| (host, port.parse::<u16>()));
+    match port {
+        Some((host, Ok(_))) if !host.is_empty() && !host.contains([',', '/', ' ']) => Ok(text.to_owned()),
+        _ => Err("write a host and a port, such as v2:10.0.0.1:3300 or v1:10.0.0.1:6789".to_owned()),
     }
 }
 

@@ -3,6 +3,7 @@
 use std::ffi::OsStr;
 use std::io::{Read, Seek};
 use std::os::unix::process::CommandExt;
+use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -22,6 +23,47 @@ const OUTPUT_LIMIT: usize = 2000;
 /// `Internal` when it can't be started or fails, with the last of its output; `OutcomeUnknown` when it was still
 /// running at the deadline. It has been killed *and is gone* by then: the caller may go on with what it had open.
 pub fn run<A: AsRef<OsStr>>(program: &str, arguments: &[A], deadline: Duration) -> Result<()> {
+    run_as(program, arguments, deadline, || {
+        rustix::process::setpgid(None, None)?;
+        Ok(rustix::process::set_parent_process_death_signal(Some(Signal::KILL))?)
+    })
+}
+
+/// Runs a program that ends when it has put itself into the background, where it outlives this process: in a session of
+/// its own, and in that control group, made if missing.
+///
+/// # Errors
+/// As for [`run`].
+pub fn launch<A: AsRef<OsStr>>(
+    program: &str,
+    arguments: &[A],
+    cgroup: Option<&Path>,
+    deadline: Duration,
+) -> Result<()> {
+    let what = |cgroup: &Path| format!("cannot use the control group {}", cgroup.display());
+    let members = cgroup
+        .map(|cgroup| {
+            std::fs::create_dir_all(cgroup)
+                .and_then(|()| std::fs::File::options().write(true).open(cgroup.join("cgroup.procs")))
+                .context(|| what(cgroup))
+        })
+        .transpose()?;
+    run_as(program, arguments, deadline, move || {
+        rustix::process::setsid()?;
+        // cgroups(7): 0 is the process that writes it.
+        if let Some(members) = &members {
+            rustix::io::write(members, b"0")?;
+        }
+        Ok(())
+    })
+}
+
+fn run_as<A: AsRef<OsStr>>(
+    program: &str,
+    arguments: &[A],
+    deadline: Duration,
+    prepare: impl FnMut() -> std::io::Result<()> + Send + Sync + 'static,
+) -> Result<()> {
     let end = Instant::now() + deadline;
     let output = rustix::fs::memfd_create(program, rustix::fs::MemfdFlags::CLOEXEC)
         .context(|| format!("cannot keep the output of {program}"))?;
@@ -30,11 +72,11 @@ pub fn run<A: AsRef<OsStr>>(program: &str, arguments: &[A], deadline: Duration) 
 
     #[expect(clippy::disallowed_methods, reason = "this is the one place")]
     let mut command = Command::new(program);
-    command.args(arguments).stdin(Stdio::null()).stdout(shared()?).stderr(shared()?).process_group(0);
-    #[expect(unsafe_code, reason = "the child asks to be killed when this thread ends")]
-    // SAFETY: between fork and exec only one system call is made, which allocates nothing and takes no lock.
+    command.args(arguments).stdin(Stdio::null()).stdout(shared()?).stderr(shared()?);
+    #[expect(unsafe_code, reason = "the child prepares itself before it becomes the program")]
+    // SAFETY: between fork and exec only system calls are made, which allocate nothing and take no lock.
     unsafe {
-        command.pre_exec(|| Ok(rustix::process::set_parent_process_death_signal(Some(Signal::KILL))?));
+        command.pre_exec(prepare);
     }
     let mut child = command.spawn().map_err(|error| {
         Error::caused(ErrorKind::Internal, format!("cannot start {program}: is it installed?"), error)

@@ -2,8 +2,9 @@
 
 use std::fs::{File, OpenOptions};
 use std::io::Write;
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::OpenOptionsExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use rustix::fs::{AtFlags, FallocateFlags, FlockOperation, Mode, OFlags, SeekFrom, StatVfsMountFlags, StatxFlags};
 use rustix::io::Errno;
@@ -175,6 +176,19 @@ pub fn has_reflink(directory: &Path) -> Result<bool> {
     let (from, to) = (nameless()?, nameless()?);
     rustix::io::write(&from, &[1; 4096]).context(|| format!("cannot write to {}", directory.display()))?;
     Ok(rustix::fs::ioctl_ficlone(&to, &from).is_ok())
+}
+
+/// A file that is nowhere but in memory, and gone when it is closed. A program started meanwhile can open it at
+/// [`path_of`], and does not inherit it.
+pub fn in_memory(name: &str) -> Result<File> {
+    let made = rustix::fs::memfd_create(name, rustix::fs::MemfdFlags::CLOEXEC);
+    Ok(File::from(made.context(|| "cannot make a file in memory".to_owned())?))
+}
+
+/// Where another process of this user finds a file that this one has open.
+pub fn path_of(file: &File) -> PathBuf {
+    let pid = rustix::process::getpid().as_raw_nonzero();
+    PathBuf::from(format!("/proc/{pid}/fd/{}", file.as_raw_fd()))
 }
 
 /// Writes everything that is dirty in the file system mounted at `path` to its device.

@@ -6,6 +6,7 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::Path;
 use std::time::Duration;
 
+use rustix::fs::StatVfs;
 use rustix::io::Errno;
 use rustix::mount::{FsMountFlags, FsOpenFlags, MountAttrFlags, MoveMountFlags};
 
@@ -248,11 +249,15 @@ pub fn recorded_errors(device: &Path) -> u64 {
 /// Total, used and available, in bytes and in inodes, of the file system at `path`.
 pub fn usage(path: &Path) -> Result<[[u64; 3]; 2]> {
     let stat = rustix::fs::statvfs(path).context(|| format!("cannot measure {}", path.display()))?;
+    Ok(usage_of(&stat))
+}
+
+pub(super) fn usage_of(stat: &StatVfs) -> [[u64; 3]; 2] {
     let used = |total: u64, free: u64| total.saturating_sub(free);
-    Ok([
+    [
         [stat.f_blocks, used(stat.f_blocks, stat.f_bfree), stat.f_bavail].map(|blocks| blocks * stat.f_frsize),
         [stat.f_files, used(stat.f_files, stat.f_ffree), stat.f_favail],
-    ])
+    ]
 }
 
 /// The superblock of ext4, which lies 1024 bytes into the device.

@@ -9,6 +9,11 @@ pub mod command;
 pub mod extents;
 pub mod files;
 pub mod filesystem;
+pub mod librados;
 pub mod loops;
 pub mod mounts;
 pub mod paths;
+pub mod probe;
+pub mod processes;
+
+pub use rustix::io::Errno;

@@ -7,9 +7,10 @@ use std::ffi::{OsStr, OsString};
 use std::os::fd::OwnedFd;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use procfs::process::MountInfo;
-use rustix::fs::{AtFlags, StatVfsMountFlags, Statx, StatxAttributes, StatxFlags};
+use rustix::fs::{Mode, OFlags, ResolveFlags, StatVfsMountFlags, Statx, StatxAttributes};
 use rustix::io::Errno;
 use rustix::mount::{MoveMountFlags, OpenTreeFlags, UnmountFlags};
 
@@ -32,8 +33,7 @@ impl Place {
     }
 
     fn of(fd: OwnedFd, path: &Path) -> Result<Self> {
-        let stat = rustix::fs::statx(&fd, "", AtFlags::EMPTY_PATH, StatxFlags::BASIC_STATS | StatxFlags::MNT_ID)
-            .context(|| format!("cannot look at {}", path.display()))?;
+        let stat = paths::look(&fd).context(|| format!("cannot look at {}", path.display()))?;
         Ok(Self { fd, stat })
     }
 
@@ -161,6 +161,54 @@ pub fn unmount_top(path: &Path) -> Result<()> {
     }
 }
 
+/// As [`unmount_top`], for a file system whose server may be away: after `patience` the mount is out of sight, and the
+/// kernel waits for the server in the background. What was written and is not yet sent stays in memory until then.
+pub fn unmount_patiently(path: &Path, patience: Duration) -> Result<()> {
+    let (sender, receiver) = std::sync::mpsc::channel();
+    let place = path.to_owned();
+    let thread = std::thread::Builder::new().name("unmount".to_owned());
+    let started = thread.spawn(move || drop(sender.send(unmount_top(&place))));
+    started.context(|| format!("cannot start a thread to unmount {}", path.display()))?;
+    match receiver.recv_timeout(patience) {
+        Ok(result) => result,
+        Err(_) => {
+            tracing::warn!(path = %path.display(), ?patience, "unmounted, but its server has not answered");
+            // The kernel has taken it away before it waits; if not, it does now.
+            if is_mount(path)? { detach(path) } else { Ok(()) }
+        }
+    }
+}
+
+/// Takes the uppermost mount at `path` out of sight, whoever still uses it. For what is dead.
+pub fn detach(path: &Path) -> Result<()> {
+    let Some((parent, name)) = paths::open_parent(path)? else { return Ok(()) };
+    let target = paths::of_fd(&parent).join(name);
+    match rustix::mount::unmount(&target, UnmountFlags::NOFOLLOW | UnmountFlags::DETACH) {
+        Ok(()) | Err(Errno::INVAL | Errno::NOENT) => Ok(()),
+        Err(error) => Err(Error::io(format!("cannot detach {}", path.display()), error)),
+    }
+}
+
+/// Covers the mount at `path` with a directory inside it, read-only.
+pub fn cover(path: &Path, inner: &Path) -> Result<()> {
+    let what = || format!("cannot show {} of {}", inner.display(), path.display());
+    let Some(root) = paths::open(path)? else { fail!(Precondition, "nothing is at {}", path.display()) };
+    let flags = OFlags::PATH | OFlags::CLOEXEC | OFlags::DIRECTORY;
+    let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS;
+    let bind = || {
+        let from = rustix::fs::openat2(&root, inner, flags, Mode::empty(), resolve)?;
+        let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC | OpenTreeFlags::AT_EMPTY_PATH;
+        let tree = rustix::mount::open_tree(&from, "", flags)?;
+        set_read_only(&tree)?;
+        let flags = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH | MoveMountFlags::MOVE_MOUNT_T_EMPTY_PATH;
+        rustix::mount::move_mount(&tree, "", &root, "", flags)
+    };
+    bind().map_err(|errno| match errno {
+        Errno::NOENT => Error::caused(ErrorKind::NotFound, what(), std::io::Error::from(errno)),
+        errno => Error::io(what(), errno),
+    })
+}
+
 /// The line of the mount table of the uppermost mount at `path`. Reads the whole table, but touches nothing at `path`:
 /// asking a file system whose server is gone would hang.
 pub fn line_of(path: &Path) -> Result<Option<String>> {
@@ -172,6 +220,11 @@ pub fn line_of(path: &Path) -> Result<Option<String>> {
 fn last_line_at<'a>(table: &'a str, path: &Path) -> Option<&'a str> {
     let is_there = |line: &&str| line.split(' ').nth(4).is_some_and(|place| unescaped(OsStr::new(place)) == path);
     table.lines().rfind(is_there)
+}
+
+/// Where the lines of the mount table that fit are mounted.
+pub fn places_where(fits: impl Fn(&str) -> bool) -> Result<Vec<PathBuf>> {
+    places(&table()?, |line| fits(line.whole))
 }
 
 /// Every other place that shows the same thing as the mount at `path`. Reads the whole mount table.

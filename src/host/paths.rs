@@ -7,7 +7,7 @@ use std::ffi::OsStr;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{AtFlags, CWD, Mode, OFlags, ResolveFlags};
+use rustix::fs::{AtFlags, CWD, Mode, OFlags, ResolveFlags, Statx, StatxFlags};
 use rustix::io::Errno;
 
 use crate::error::{Context, Error, ErrorKind, Result};
@@ -35,8 +35,10 @@ pub fn open(path: &Path) -> Result<Option<OwnedFd>> {
     {
         Ok(fd) => {
             // O_NOFOLLOW with O_PATH opens a link itself.
-            match rustix::fs::fstat(&fd) {
-                Ok(stat) if rustix::fs::FileType::from_raw_mode(stat.st_mode).is_symlink() => refuse_link(path),
+            match look(&fd) {
+                Ok(stat) if rustix::fs::FileType::from_raw_mode(u32::from(stat.stx_mode)).is_symlink() => {
+                    refuse_link(path)
+                }
                 _ => Ok(Some(fd)),
             }
         }
@@ -44,6 +46,12 @@ pub fn open(path: &Path) -> Result<Option<OwnedFd>> {
         Err(Errno::LOOP) => refuse_link(path),
         Err(error) => Err(Error::io(format!("cannot open {}", path.display()), error)),
     }
+}
+
+/// What the kernel knows of it. A file system whose server is gone is not asked: that would hang.
+pub(super) fn look(fd: &OwnedFd) -> rustix::io::Result<Statx> {
+    let flags = AtFlags::EMPTY_PATH | AtFlags::STATX_DONT_SYNC;
+    rustix::fs::statx(fd, "", flags, StatxFlags::BASIC_STATS | StatxFlags::MNT_ID)
 }
 
 fn refuse_link(path: &Path) -> Result<Option<OwnedFd>> {
@@ -71,8 +79,8 @@ pub fn ensure(path: &Path, kind: Kind) -> Result<(OwnedFd, bool)> {
     };
     let fd = open(path)?
         .ok_or_else(|| Error::new(ErrorKind::Precondition, format!("{} vanished while it was used", path.display())))?;
-    let stat = rustix::fs::fstat(&fd).context(|| format!("cannot look at {}", path.display()))?;
-    let is_directory = rustix::fs::FileType::from_raw_mode(stat.st_mode).is_dir();
+    let stat = look(&fd).context(|| format!("cannot look at {}", path.display()))?;
+    let is_directory = rustix::fs::FileType::from_raw_mode(u32::from(stat.stx_mode)).is_dir();
     if is_directory != (kind == Kind::Directory) {
         let (wanted, found) = if is_directory { ("file", "directory") } else { ("directory", "file") };
         fail!(Precondition, "{} is a {found}, but a {wanted} is needed", path.display());

@@ -95,11 +95,25 @@ impl Front {
         ids: impl IntoIterator<Item = String>,
         work: impl FnOnce() -> Result<T> + Send + 'static,
     ) -> Result<T> {
+        self.work_with(ids, None, work).await
+    }
+
+    /// The same, while another thing is held still for it: one whose contents it reads, which others may read too.
+    pub(super) async fn work_with<T: Send + 'static>(
+        &self,
+        ids: impl IntoIterator<Item = String>,
+        source: Option<String>,
+        work: impl FnOnce() -> Result<T> + Send + 'static,
+    ) -> Result<T> {
         // In order, so that two calls never wait for each other.
-        let ids: BTreeSet<String> = ids.into_iter().collect();
-        let mut guards = Vec::new();
-        for id in ids {
-            guards.push(self.locks.lock(&id, self.deadlines.lock).await?);
+        let alone: BTreeSet<String> = ids.into_iter().collect();
+        let all: BTreeSet<String> = alone.iter().cloned().chain(source).collect();
+        let (mut guards, patience) = (Vec::new(), self.deadlines.lock);
+        for id in all {
+            guards.push(match alone.contains(&id) {
+                true => self.locks.lock(&id, patience).await?,
+                false => self.locks.share(&id, patience).await?,
+            });
         }
         self.detach(self.deadlines.call, guards, work).await
     }

@@ -41,9 +41,9 @@ impl Controller for Front {
             let backend = self.backend.controller.clone();
             backend.check(&spec.capabilities, &spec.parameters, &spec.mutable)?;
             let id = backend.volume_id(&spec.name, &spec.parameters)?;
-            let keys = source.iter().map(|source| source.id().to_owned()).chain([id.to_string()]);
+            let held_still = source.as_ref().map(|source| source.id().to_owned());
             let volume = self
-                .work(keys.collect::<Vec<_>>(), move || match source {
+                .work_with([id.to_string()], held_still, move || match source {
                     None => backend.ensure_volume(&id, &spec, &secrets),
                     Some(Source::Volume(source)) => {
                         let cloning = backend.cloning().ok_or_else(|| absent("clones"))?;
@@ -236,8 +236,7 @@ impl Controller for Front {
             let snapshot = self
                 .work(keys, move || {
                     let snapshots = backend.snapshots().ok_or_else(|| absent("snapshots"))?;
-                    let id = snapshots.snapshot_id(&name)?;
-                    snapshots.ensure_snapshot(&id, &name, &source, &parameters, &places, &secrets)
+                    snapshots.ensure_snapshot(&name, &source, &parameters, &places, &secrets)
                 })
                 .await?;
             Ok(csi::CreateSnapshotResponse { snapshot: Some(reply::snapshot(snapshot)) })
@@ -280,7 +279,7 @@ impl Controller for Front {
                 .ask(move || {
                     let snapshots = backend.snapshots().ok_or_else(|| absent("snapshots"))?;
                     let Some(id) = id else {
-                        let page = snapshots.list_snapshots(source.as_ref(), &page)?;
+                        let page = snapshots.list_snapshots(source.as_ref(), &page, &secrets)?;
                         return Ok((page.entries, page.next));
                     };
                     let found = snapshots.find_snapshot(&id, &secrets)?;

@@ -10,7 +10,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::host::{mounts, paths};
 use crate::proto::csi::{self, node_server::Node};
 use crate::secrets::Secrets;
-use crate::volume::{Access, AccessMode, Capability, MountPath, Parameters, VolumeId};
+use crate::volume::{Access, AccessMode, Capability, MountPath, VolumeId};
 
 fn absent(what: &str) -> Error {
     Error::new(ErrorKind::Unsupported, format!("this driver does not offer {what}"))
@@ -75,29 +75,27 @@ impl Node for Front {
     ) -> Result<Response<csi::NodePublishVolumeResponse>, Status> {
         let request = request.into_inner();
         self.answer("NodePublishVolume", &request.volume_id.clone(), async {
-            drop(request.secrets);
-            let publish = Publish {
-                id: VolumeId::new(request.volume_id)?,
-                target: MountPath::new("target_path", &request.target_path)?,
-                capability: parse::capability(request.volume_capability)?,
-                read_only: request.readonly,
-                context: parse::map("volume_context", request.volume_context)?,
-            };
-            self.check_capability(&publish.capability)?;
+            let secrets = Secrets::new(request.secrets);
+            let id = VolumeId::new(request.volume_id)?;
+            let target = MountPath::new("target_path", &request.target_path)?;
+            let capability = parse::capability(request.volume_capability)?;
+            let context = parse::map("volume_context", request.volume_context)?;
+            let read_only = request.readonly;
+            self.check_capability(&capability)?;
             let backend = self.backend.node.clone();
-            if parse::is_ephemeral(&publish.context) {
-                self.work([publish.id.to_string()], move || {
-                    if publish.read_only {
+            if parse::is_ephemeral(&context) {
+                self.work([id.to_string()], move || {
+                    if read_only {
                         fail!(Invalid, "an inline volume is born empty: read-only it would stay so");
                     }
                     let ephemeral = backend.ephemeral().ok_or_else(|| absent("inline volumes"))?;
-                    let Publish { id, target, capability, context, .. } = publish;
                     ephemeral.ensure_present(&id, &target, &capability.access, &context)
                 })
                 .await?;
             } else {
-                let staging = MountPath::new("staging_target_path", &request.staging_target_path)?;
-                self.work([publish.id.to_string()], move || publish.bind(backend.as_ref(), &staging)).await?;
+                let path = MountPath::new("staging_target_path", &request.staging_target_path)?;
+                let publish = Publish { stage: Stage { id, path, capability, context }, target, read_only };
+                self.work([publish.stage.id.to_string()], move || publish.bind(backend.as_ref(), &secrets)).await?;
             }
             Ok(csi::NodePublishVolumeResponse {})
         })
@@ -119,7 +117,7 @@ impl Node for Front {
                     if !backend.is_at(&id, target.as_path())? {
                         fail!(Precondition, "what is mounted at {target} is not {id}: left alone");
                     }
-                    mounts::unmount_top(target.as_path())?;
+                    backend.unmount(target.as_path())?;
                 }
                 paths::remove_empty(target.as_path())?;
                 if was_device {
@@ -252,35 +250,34 @@ impl Front {
 
 /// A staged volume to be shown to a pod.
 struct Publish {
-    id: VolumeId,
+    stage: Stage,
     target: MountPath,
-    capability: Capability,
     read_only: bool,
-    context: Parameters,
 }
 
 impl Publish {
-    fn bind(&self, backend: &dyn crate::backend::Node, staging: &MountPath) -> Result<()> {
-        let Self { id, target, capability, .. } = self;
+    fn bind(&self, backend: &dyn crate::backend::Node, secrets: &Secrets) -> Result<()> {
+        let Self { stage, target, .. } = self;
+        let Stage { id, path: staging, capability, .. } = stage;
         let read_only = self.read_only || capability.mode.is_read_only();
         let source = match capability.access {
-            Access::Block => staging.join(STAGED_DEVICE),
-            Access::Mount { .. } => staging.clone(),
+            Access::Block => staging.as_path().join(STAGED_DEVICE),
+            Access::Mount { .. } => staging.as_path().to_owned(),
         };
-        if !backend.is_at(id, source.as_path())? {
+        backend.ensure_alive(stage, target, secrets)?;
+        if !backend.is_at(id, &source)? {
             fail!(Precondition, "{id} is not staged at {staging}: stage it first");
         }
         if capability.mode == AccessMode::SingleNodeSingleWriter
-            && let Some(other) =
-                backend.shown_at(source.as_path())?.iter().find(|place| place.as_path() != target.as_path())
+            && let Some(other) = backend.shown_at(&source)?.iter().find(|place| place.as_path() != target.as_path())
         {
             fail!(Precondition, "{id} is used by one pod at a time, and one has it at {}", other.display());
         }
         if read_only && capability.access == Access::Block {
-            let view = backend.read_only_device(source.as_path())?;
+            let view = backend.read_only_device(&source)?;
             return mounts::ensure_bind(&view, target.as_path(), false);
         }
-        mounts::ensure_bind(source.as_path(), target.as_path(), read_only)
+        mounts::ensure_bind(&source, target.as_path(), read_only)
     }
 }
 

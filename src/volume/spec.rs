@@ -30,6 +30,7 @@ pub struct Spec {
 
 /// The claim behind a volume, as `csi-provisioner --extra-create-metadata` names it. Empty strings where unknown.
 #[derive(Clone, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(default)]
 pub struct Owner {
     /// PersistentVolumeClaim.
     pub claim: String,

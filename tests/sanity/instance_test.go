@@ -45,6 +45,22 @@ func (i *instance) path(name string) string  { return filepath.Join(i.dir, name)
 func (i *instance) controllerSocket() string { return i.path("run/controller.sock") }
 func (i *instance) nodeSocket() string       { return i.path("run/node.sock") }
 
+func driverName() string {
+	if name := os.Getenv("BERTH_DRIVER"); name != "" {
+		return name
+	}
+	return "nvme"
+}
+
+func driverUnderTest(t *testing.T) driver {
+	t.Helper()
+	driver, known := drivers[driverName()]
+	if !known {
+		t.Fatalf("BERTH_DRIVER is %q, which the table in drivers_test.go does not have", driverName())
+	}
+	return driver
+}
+
 // start makes an instance of the driver under test that serves both sockets. It is gone when the test ends, however
 // that ends; only SIGKILL or go test's own time-out, which runs nothing afterwards, leave the directory and its mount.
 func start(t *testing.T) *instance {
@@ -52,14 +68,7 @@ func start(t *testing.T) *instance {
 	if interrupted.Err() != nil {
 		t.Fatal("interrupted")
 	}
-	name := os.Getenv("BERTH_DRIVER")
-	if name == "" {
-		name = "nvme"
-	}
-	driver, known := drivers[name]
-	if !known {
-		t.Fatalf("BERTH_DRIVER is %q, which the table in drivers_test.go does not have", name)
-	}
+	driver := driverUnderTest(t)
 	berth := os.Getenv("BERTH_BIN")
 	if !filepath.IsAbs(berth) {
 		t.Fatalf("BERTH_BIN is %q; set it to the absolute path of the berth binary", berth)
@@ -75,21 +84,21 @@ func start(t *testing.T) *instance {
 	if err != nil {
 		t.Fatal(err)
 	}
-	i := &instance{dir: dir, name: name, driver: driver}
+	i := &instance{dir: dir, name: driverName(), driver: driver}
 	t.Cleanup(func() { i.removeAll(t) })
 	if err := os.Mkdir(i.path("registry"), 0o750); err != nil {
 		t.Fatal(err)
 	}
-	pools := driver.setup(t, i)
+	storage := driver.setup(t, i)
 	config := i.path("berth.yaml")
-	if err := os.WriteFile(config, []byte(i.config(name, pools)), 0o600); err != nil {
+	if err := os.WriteFile(config, []byte(i.config(storage)), 0o600); err != nil {
 		t.Fatal(err)
 	}
 	i.serve(t, berth, config)
 	return i
 }
 
-func (i *instance) config(backend, pools string) string {
+func (i *instance) config(storage string) string {
 	return fmt.Sprintf(`node:
   name: sanity-node
 log: {format: text, level: info}
@@ -97,7 +106,7 @@ http: {address: "127.0.0.1:0"}
 %sdrivers:
   - {backend: %[2]s, name: %[2]s.csi.berth.dev, role: controller, socket: %[3]s}
   - {backend: %[2]s, name: %[2]s.csi.berth.dev, role: node, socket: %[4]s, kubelet: {registry: %[5]s}}
-`, pools, backend, i.controllerSocket(), i.nodeSocket(), i.path("registry"))
+`, storage, i.name, i.controllerSocket(), i.nodeSocket(), i.path("registry"))
 }
 
 // serve starts berth and returns when both sockets accept connections.

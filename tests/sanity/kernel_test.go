@@ -6,6 +6,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -13,13 +14,17 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// removeAll takes away the instance's mounts, loop devices and directory, whatever state they are in.
+// removeAll takes away the instance's mounts, FUSE processes, loop devices and directory, whatever state they are in.
 func (i *instance) removeAll(t *testing.T) {
 	// Latest first, since volumes are mounted upon the pool. A volume keeps the pool busy through its loop device, and
 	// a killed process for a moment through its files: so again, until nothing is there.
 	for range 50 {
 		for _, mount := range slices.Backward(mountsBeneath(t, i.dir)) {
 			unix.Unmount(mount, unix.UMOUNT_NOFOLLOW)
+		}
+		// One ends by itself after the unmount, unless it hangs.
+		for pid := range fusesBeneath(t, i.dir) {
+			unix.Kill(pid, unix.SIGKILL)
 		}
 		// Looked up only now: an unmount frees the device that mount(8) made, and anyone may have it next.
 		for device := range loopsBeneath(t, i.dir) {
@@ -55,6 +60,34 @@ func mountsBeneath(t *testing.T, dir string) []string {
 		}
 	}
 	return mounts
+}
+
+// fusesBeneath maps the FUSE processes that name something beneath dir, as their mount point say, to their command lines.
+func fusesBeneath(t *testing.T, dir string) map[int]string {
+	t.Helper()
+	files, err := filepath.Glob("/proc/[0-9]*/cmdline")
+	if err != nil {
+		t.Fatal(err)
+	}
+	fuses := map[int]string{}
+	for _, file := range files {
+		text, err := os.ReadFile(file)
+		if err != nil {
+			continue // ended since
+		}
+		words := strings.Split(strings.TrimRight(string(text), "\x00"), "\x00")
+		if filepath.Base(words[0]) != "ceph-fuse" {
+			continue
+		}
+		if slices.ContainsFunc(words[1:], func(word string) bool { return strings.HasPrefix(word, dir+"/") }) {
+			pid, err := strconv.Atoi(strings.Split(file, "/")[2])
+			if err != nil {
+				t.Fatal(err)
+			}
+			fuses[pid] = strings.Join(words, " ")
+		}
+	}
+	return fuses
 }
 
 // loopsBeneath maps the loop devices whose backing file is, or was, beneath dir to that file.

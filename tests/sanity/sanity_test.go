@@ -1,9 +1,9 @@
 // Package sanity holds berth against what others define: its .proto files against the published ones, and the running
 // binary against csi-sanity.
 //
-//	BERTH_BIN=/path/of/berth [BERTH_DRIVER=nvme] go test -v ./...
+//	BERTH_BIN=/path/of/berth [BERTH_DRIVER=nvme|cephfs] go test -v ./...
 //
-// runs everything, as root; `go test -run Proto ./...` needs neither root nor a binary.
+// runs everything, as root, and cephfs with a cluster's DIR/env (scripts/lab.sh) in the environment; `go test -run Proto ./...` needs neither root nor a binary.
 package sanity
 
 import (
@@ -25,12 +25,12 @@ import (
 	"google.golang.org/protobuf/proto"
 )
 
-// Both access types are one test, because ginkgo runs one suite per process. Each has an instance of its own: the
-// suite counts volumes, and it gives the same names to volumes of both types.
+// All access types are one test, because ginkgo runs one suite per process. Each has an instance of its own: the
+// suite counts volumes, and it gives the same names to volumes of all types.
 func TestSanity(t *testing.T) {
 	gomega.RegisterFailHandler(ginkgo.Fail)
 	instances := map[string]*instance{}
-	for _, access := range []string{"mount", "block"} {
+	for _, access := range driverUnderTest(t).access {
 		i := start(t)
 		instances[access] = i
 		config := i.sanityConfig(access)
@@ -69,6 +69,10 @@ func (i *instance) sanityConfig(access string) sanity.TestConfig {
 	config.TestVolumeAccessType = access
 	config.TestVolumeSize = 1 << 30
 	config.TestVolumeExpandSize = 2 << 30
+	if i.driver.secrets {
+		config.SecretsFile = i.path(secretsFile)
+	}
+	config.TestVolumeMutableParameters = i.driver.mutableParameters
 	return config
 }
 

@@ -13,13 +13,8 @@ use crate::secrets::Secrets;
 use crate::volume::{ContentSource, Name, Parameters, Snapshot, SnapshotId, Spec, Topology, Volume, VolumeId};
 
 impl Snapshots for Nvme {
-    fn snapshot_id(&self, name: &Name) -> Result<SnapshotId> {
-        SnapshotId::new(self.id(Sort::Snapshot, name.as_str()))
-    }
-
     fn ensure_snapshot(
         &self,
-        id: &SnapshotId,
         name: &Name,
         source: &VolumeId,
         parameters: &Parameters,
@@ -29,7 +24,8 @@ impl Snapshots for Nvme {
         if let Some(key) = parameters.keys().next() {
             fail!(Invalid, "snapshot parameter {key:?} is not known: local snapshots have none");
         }
-        if let Some(located) = self.locate(Sort::Snapshot, id.as_str())? {
+        let id = &self.id(Sort::Snapshot, name.as_str());
+        if let Some(located) = self.locate(Sort::Snapshot, id)? {
             let present = SnapshotDescriptor::read(&located.folder)?;
             if present.source != source.as_str() {
                 fail!(Conflict, "snapshot {id} of the name {} exists, but of volume {}", present.name, present.source);
@@ -44,10 +40,10 @@ impl Snapshots for Nvme {
         };
         self.check_reflink(located.pool)?;
         let volume = VolumeDescriptor::read(&located.folder)?;
-        let fresh = SnapshotDescriptor::new(id.as_str(), name.as_str(), &volume);
+        let fresh = SnapshotDescriptor::new(id, name.as_str(), &volume);
         let path = located.image();
         self.sync_users(&located)?;
-        located.pool.open()?.create(Sort::Snapshot, id.as_str(), volume.size, true, |folder| {
+        located.pool.open()?.create(Sort::Snapshot, id, volume.size, true, |folder| {
             let image = File::open(&path).context(|| format!("cannot open {}", path.display()))?;
             let copy = files::reflink(&image, &folder.join(IMAGE))?;
             fresh.write_new(folder)?;
@@ -65,7 +61,7 @@ impl Snapshots for Nvme {
         self.describe_snapshot(&SnapshotDescriptor::read(&located.folder)?).map(Some)
     }
 
-    fn list_snapshots(&self, source: Option<&VolumeId>, page: &PageRequest) -> Result<Page<Snapshot>> {
+    fn list_snapshots(&self, source: Option<&VolumeId>, page: &PageRequest, _: &Secrets) -> Result<Page<Snapshot>> {
         let limit = page.limit.unwrap_or(usize::MAX);
         let fetch = if source.is_some() { usize::MAX } else { limit };
         let mut ids = self.ids_after(Sort::Snapshot, page.after.as_deref(), fetch)?;

@@ -1,0 +1,528 @@
+//! Cluster storage as things: made, found, listed, grown, changed, deleted.
+
+use serde_json::Value;
+
+use super::control::Account;
+use super::group::{Creation, Group, Info, State};
+use super::names::{Address, Subvolume};
+use super::notes::VolumeNotes;
+use super::parameters::{ClassParameters, MutableParameters, Pin, check_capability};
+use super::{COPY_PATIENCE, Cephfs};
+use crate::backend::{Cloning, Controller, Growth, Listing, Modification, Page, PageRequest, Snapshots, VolumeHealth};
+use crate::config::Cluster;
+use crate::error::Result;
+use crate::host::Errno;
+use crate::secrets::Secrets;
+use crate::volume::{
+    Capability, CapacityRange, Health, HealthProblem, Name, Parameters, Spec, Volume, VolumeId, format_bytes,
+};
+
+/// Sizes are multiples of this: CephFS counts larger quotas in blocks of 4 MiB.
+pub(super) const STEP: u64 = 4 << 20;
+/// The size of a volume whose request names none.
+const DEFAULT_SIZE: u64 = 1 << 30;
+/// So many volumes are looked at for one page of those that are not well.
+const LOOKED_AT: usize = 500;
+
+impl Controller for Cephfs {
+    fn volume_id(&self, name: &Name, parameters: &Parameters) -> Result<VolumeId> {
+        self.subvolume_for(name, &ClassParameters::parse(parameters)?)?.id()
+    }
+
+    fn check(&self, capabilities: &[Capability], parameters: &Parameters, mutable: &Parameters) -> Result<()> {
+        capabilities.iter().try_for_each(check_capability)?;
+        ClassParameters::parse(parameters)?;
+        MutableParameters::parse(mutable).map(drop)
+    }
+
+    fn ensure_volume(&self, id: &VolumeId, spec: &Spec, secrets: &Secrets) -> Result<Volume> {
+        let class = ClassParameters::parse(&spec.parameters)?;
+        let cluster = self.cluster_of(class.cluster.as_deref())?;
+        let account = Account::of(secrets, cluster)?;
+        let subvolume = self.subvolume_for(&spec.name, &class)?;
+        let group = self.group(cluster, &account, &subvolume);
+        let name = &subvolume.name;
+        let (size, path) = match group.info(name)? {
+            State::Copying => fail!(Conflict, "{id} exists, and is being made from a source"),
+            State::Absent | State::Retained => {
+                let size = choose_size(spec.capacity, DEFAULT_SIZE)?;
+                group.create(name, &creation(&class, Some(size)))?;
+                self.finish(&group, id, name, spec, &class)?;
+                (size, group.path(name)?)
+            }
+            State::Present(info) => {
+                let is_finished = self.is_settled(id) || self.find_notes(&group, id, name, &info)?;
+                match info.size {
+                    // It was interrupted before it got its size.
+                    None if !is_finished => {}
+                    size => compare(id, size.unwrap_or(u64::MAX), &info, spec, &class)?,
+                }
+                let size = info.size.map_or_else(|| choose_size(spec.capacity, DEFAULT_SIZE), Ok)?;
+                if !is_finished {
+                    // Not handed out yet: what the class wants is set again.
+                    group.create(name, &creation(&class, Some(size)))?;
+                    self.finish(&group, id, name, spec, &class)?;
+                }
+                (size, info.path)
+            }
+        };
+        self.describe(&group, id, size, &path, &VolumeNotes::of(spec))
+    }
+
+    fn ensure_absent(&self, id: &VolumeId, secrets: &Secrets) -> Result<()> {
+        let subvolume = match Address::of(id) {
+            None => return Ok(()),
+            Some(Address::Path { .. }) => {
+                fail!(
+                    Precondition,
+                    "{id} is a directory that Berth did not make: not deleted. Keep the volume with reclaimPolicy Retain"
+                )
+            }
+            Some(Address::Subvolume(subvolume)) => subvolume,
+        };
+        let Some(cluster) = self.cluster(&subvolume.cluster) else {
+            fail!(
+                Precondition,
+                "{id} lies in cluster {}, which is not configured here: not deleted",
+                subvolume.cluster
+            );
+        };
+        let account = Account::of(secrets, cluster)?;
+        let group = self.group(cluster, &account, &subvolume);
+        self.unsettle(id);
+        self.delete(&group, &subvolume)
+    }
+
+    fn find(&self, id: &VolumeId, secrets: &Secrets) -> Result<Option<Volume>> {
+        match Address::of(id) {
+            None => Ok(None),
+            Some(address) if self.cluster(address.cluster()).is_none() => Ok(None),
+            // Only the node can look at it.
+            Some(Address::Path { cluster, filesystem, path }) => {
+                let context = [("cluster", cluster), ("filesystem", filesystem), ("path", path)];
+                let context = context.map(|(key, value)| (key.to_owned(), value)).into();
+                Ok(Some(Volume { id: id.clone(), size: 0, context, source: None, places: Vec::new() }))
+            }
+            Some(Address::Subvolume(subvolume)) => self.with(&subvolume, secrets, |group| {
+                let State::Present(info) = group.info(&subvolume.name)? else { return Ok(None) };
+                self.found(group, id, &subvolume.name, &info).map(Some)
+            }),
+        }
+    }
+
+    fn listing(&self) -> Option<&dyn Listing> {
+        self.can_list().then_some(self as _)
+    }
+    fn health(&self) -> Option<&dyn VolumeHealth> {
+        Some(self)
+    }
+    fn growth(&self) -> Option<&dyn Growth> {
+        Some(self)
+    }
+    fn modification(&self) -> Option<&dyn Modification> {
+        Some(self)
+    }
+    fn cloning(&self) -> Option<&dyn Cloning> {
+        Some(self)
+    }
+    fn snapshots(&self) -> Option<&dyn Snapshots> {
+        Some(self)
+    }
+}
+
+impl VolumeNotes {
+    pub(super) fn of(spec: &Spec) -> Self {
+        Self {
+            name: spec.name.as_str().to_owned(),
+            owner: spec.owner.clone(),
+            parameters: spec.parameters.clone(),
+            ..Self::default()
+        }
+    }
+}
+
+impl Cephfs {
+    /// Calls that list bring no secrets.
+    fn can_list(&self) -> bool {
+        !self.clusters.is_empty() && self.clusters.iter().all(|cluster| cluster.account.is_some())
+    }
+
+    pub(super) fn subvolume_for(&self, name: &Name, class: &ClassParameters) -> Result<Subvolume> {
+        let cluster = self.cluster_of(class.cluster.as_deref())?;
+        let or = |given: &Option<String>, usual: &[String]| given.clone().or_else(|| usual.first().cloned());
+        let filesystem = or(&class.filesystem, &cluster.filesystems).unwrap_or_default();
+        let group = or(&class.group, &cluster.groups).unwrap_or_default();
+        Ok(Subvolume::named(&cluster.name, &filesystem, &group, name))
+    }
+
+    /// Does something with the group of a subvolume whose cluster is configured.
+    pub(super) fn with<T>(
+        &self,
+        subvolume: &Subvolume,
+        secrets: &Secrets,
+        work: impl FnOnce(&Group<'_>) -> Result<T>,
+    ) -> Result<T> {
+        let Some(cluster) = self.cluster(&subvolume.cluster) else {
+            fail!(NotFound, "cluster {} is not configured here", subvolume.cluster);
+        };
+        let account = Account::of(secrets, cluster)?;
+        work(&self.group(cluster, &account, subvolume))
+    }
+
+    /// What makes a volume complete. The notes come last: with them it is known to be.
+    fn finish(&self, group: &Group<'_>, id: &VolumeId, name: &str, spec: &Spec, class: &ClassParameters) -> Result<()> {
+        let mutable = MutableParameters::parse(&spec.mutable)?;
+        if let Some(pin) = mutable.pin.as_ref().or(class.pin.as_ref()) {
+            set_pin(group, name, pin)?;
+        }
+        VolumeNotes::of(spec).write(group, name)?;
+        self.settle(id);
+        Ok(())
+    }
+
+    /// Does the volume have its notes, and do they say that it is an ordinary one?
+    fn find_notes(&self, group: &Group<'_>, id: &VolumeId, name: &str, info: &Info) -> Result<bool> {
+        if info.is_copy {
+            fail!(Conflict, "{id} exists, but was made from a source");
+        }
+        match VolumeNotes::read(group, name)? {
+            None => Ok(false),
+            Some(VolumeNotes { source: Some(source), .. }) => {
+                fail!(Conflict, "{id} exists, but was made from {source:?}")
+            }
+            Some(_) => {
+                self.settle(id);
+                Ok(true)
+            }
+        }
+    }
+
+    /// A volume that was found, with what its notes tell.
+    fn found(&self, group: &Group<'_>, id: &VolumeId, name: &str, info: &Info) -> Result<Volume> {
+        let notes = VolumeNotes::read(group, name)?.unwrap_or_default();
+        let size = notes.shows.as_ref().map_or(info.size.unwrap_or_default(), |shown| shown.size);
+        self.describe(group, id, size, &info.path, &notes)
+    }
+
+    /// What the node needs, and what people want to know.
+    pub(super) fn describe(
+        &self,
+        group: &Group<'_>,
+        id: &VolumeId,
+        size: u64,
+        path: &str,
+        notes: &VolumeNotes,
+    ) -> Result<Volume> {
+        let session = group.session()?;
+        let (path, inner) = match &notes.shows {
+            Some(shown) => (shown.folder.as_str(), shown.inner.as_str()),
+            None => (path, ""),
+        };
+        let owner = &notes.owner;
+        let known = [
+            ("cluster", group.cluster.name.as_str()),
+            ("filesystem", &group.filesystem),
+            ("fsid", session.fsid()),
+            ("monitors", &session.monitors),
+            ("path", path),
+            ("snapshotPath", inner),
+            ("name", &notes.name),
+            ("claim", &owner.claim),
+            ("namespace", &owner.namespace),
+        ];
+        let known = known.into_iter().filter(|(_, value)| !value.is_empty());
+        Ok(Volume {
+            id: id.clone(),
+            size,
+            context: known.map(|(key, value)| (key.to_owned(), value.to_owned())).collect(),
+            source: notes.source.clone(),
+            places: Vec::new(),
+        })
+    }
+
+    fn delete(&self, group: &Group<'_>, subvolume: &Subvolume) -> Result<()> {
+        let name = &subvolume.name;
+        match group.info(name)? {
+            // A copy that was interrupted before it began has left its snapshot.
+            State::Absent | State::Retained => {
+                // A file system that is not there, or was renamed, is no proof.
+                group.check_filesystem()?;
+                return self.forget_copy(group, subvolume);
+            }
+            State::Copying => return self.delete_copying(group, subvolume, COPY_PATIENCE),
+            State::Present(info) => {
+                if !subvolume.is_ours() && !VolumeNotes::read(group, name)?.is_some_and(|notes| notes.adopted) {
+                    fail!(
+                        Precondition,
+                        "{subvolume} was not made by Berth: not deleted. Keep the volume with reclaimPolicy Retain, or give it to Berth: docs/cephfs.md says how"
+                    );
+                }
+                if info.is_copy && VolumeNotes::read(group, name)?.is_none() {
+                    self.forget_copy(group, subvolume)?;
+                }
+            }
+        }
+        match group.remove(name) {
+            Err(refusal) if refusal.errno != Errno::NOENT => Err(refusal.into()),
+            _ => Ok(()),
+        }
+    }
+
+    /// Every group that is listed, with the account to ask it by.
+    fn listed(&self) -> Result<Vec<(&Cluster, Account, Vec<Subvolume>)>> {
+        let mut clusters: Vec<_> = self.clusters.iter().collect();
+        clusters.sort_by(|a, b| a.name.cmp(&b.name));
+        let mut listed = Vec::new();
+        for cluster in clusters {
+            let account = Account::of(&Secrets::default(), cluster)?;
+            let mut all = Vec::new();
+            for filesystem in &cluster.filesystems {
+                for name in &cluster.groups {
+                    let group = Group {
+                        control: &self.control,
+                        cluster,
+                        account: &account,
+                        filesystem: filesystem.clone(),
+                        name: name.clone(),
+                    };
+                    all.extend(group.list()?.iter().map(|name| group.subvolume(name)));
+                }
+            }
+            listed.push((cluster, account, all));
+        }
+        Ok(listed)
+    }
+
+    /// Goes through all subvolumes behind a token, in the order of their ids, until `visit` says that it is enough.
+    pub(super) fn walk(
+        &self,
+        after: Option<&str>,
+        is_token: impl Fn(&str) -> bool,
+        mut visit: impl FnMut(&Group<'_>, &Subvolume) -> Result<bool>,
+    ) -> Result<()> {
+        if let Some(after) = after
+            && !is_token(after)
+        {
+            fail!(Busy, "{after:?} is no token of this list: begin it again");
+        }
+        // A snapshot's token names its volume before the `@`, and that volume may have more.
+        let begin = after.map(|after| after.split('@').next().unwrap_or(after));
+        let includes_begin = after.is_some_and(|after| after.contains('@'));
+        let mut all = Vec::new();
+        let listed = self.listed()?;
+        for (cluster, account, subvolumes) in &listed {
+            all.extend(subvolumes.iter().map(|subvolume| (subvolume.to_string(), *cluster, account, subvolume)));
+        }
+        all.sort_by(|a, b| a.0.cmp(&b.0));
+        for (id, cluster, account, subvolume) in all {
+            let is_before = begin.is_some_and(|begin| id.as_str() < begin || (id == begin && !includes_begin));
+            if !is_before && !visit(&self.group(cluster, account, subvolume), subvolume)? {
+                break;
+            }
+        }
+        Ok(())
+    }
+
+    /// The volume of a subvolume in a list. `None`: it is none of ours, or not complete.
+    fn listed_volume(&self, group: &Group<'_>, subvolume: &Subvolume) -> Result<Option<(VolumeId, Volume, Info)>> {
+        let State::Present(info) = group.info(&subvolume.name)? else { return Ok(None) };
+        let id = subvolume.id()?;
+        if !subvolume.is_ours() && !VolumeNotes::read(group, &subvolume.name)?.is_some_and(|notes| notes.adopted) {
+            return Ok(None);
+        }
+        let volume = self.found(group, &id, &subvolume.name, &info)?;
+        Ok(Some((id, volume, info)))
+    }
+}
+
+fn is_volume_token(token: &str) -> bool {
+    matches!(Address::parse(token), Some(Address::Subvolume(_)))
+}
+
+impl Listing for Cephfs {
+    fn list(&self, page: &PageRequest) -> Result<Page<Volume>> {
+        let limit = page.limit.unwrap_or(usize::MAX);
+        let mut found = Page { entries: Vec::new(), next: None };
+        self.walk(page.after.as_deref(), is_volume_token, |group, subvolume| {
+            let Some((_, volume, _)) = self.listed_volume(group, subvolume)? else { return Ok(true) };
+            if found.entries.len() == limit {
+                found.next = found.entries.last().map(|volume: &Volume| volume.id.as_str().to_owned());
+                return Ok(false);
+            }
+            found.entries.push(volume);
+            Ok(true)
+        })?;
+        Ok(found)
+    }
+}
+
+impl VolumeHealth for Cephfs {
+    fn health(&self, id: &VolumeId, secrets: &Secrets) -> Result<Option<Vec<HealthProblem>>> {
+        let Some(Address::Subvolume(subvolume)) = Address::of(id) else { return Ok(None) };
+        if self.cluster(&subvolume.cluster).is_none() {
+            return Ok(None);
+        }
+        self.with(&subvolume, secrets, |group| {
+            let State::Present(info) = group.info(&subvolume.name)? else { return Ok(None) };
+            let mut problems = fullness(&info);
+            problems.extend(without_mds(group)?);
+            Ok(Some(problems))
+        })
+    }
+
+    fn list_unwell(&self, page: &PageRequest) -> Result<Page<(VolumeId, Vec<HealthProblem>)>> {
+        if !self.can_list() {
+            fail!(Unsupported, "lists need `user` and `keyFile` of every cluster in the configuration");
+        }
+        let limit = page.limit.unwrap_or(usize::MAX);
+        let mut unwell = Page { entries: Vec::new(), next: None };
+        let mut down: Option<(String, Option<HealthProblem>)> = None;
+        let mut looked_at = 0;
+        self.walk(page.after.as_deref(), is_volume_token, |group, subvolume| {
+            // A page may be empty and yet have a next one.
+            if unwell.entries.len() == limit || looked_at == LOOKED_AT {
+                return Ok(false);
+            }
+            looked_at += 1;
+            unwell.next = Some(subvolume.to_string());
+            let Some((id, _, info)) = self.listed_volume(group, subvolume)? else { return Ok(true) };
+            let place = format!("{}/{}", group.cluster.name, group.filesystem);
+            if down.as_ref().is_none_or(|(known, _)| *known != place) {
+                down = Some((place, without_mds(group)?));
+            }
+            let mut problems = fullness(&info);
+            problems.extend(down.as_ref().and_then(|(_, problem)| problem.clone()));
+            if !problems.is_empty() {
+                unwell.entries.push((id, problems));
+            }
+            Ok(true)
+        })?;
+        if unwell.entries.len() < limit && looked_at < LOOKED_AT {
+            unwell.next = None;
+        }
+        Ok(unwell)
+    }
+}
+
+/// A volume at its quota.
+fn fullness(info: &Info) -> Vec<HealthProblem> {
+    let full = info.size.filter(|size| info.used >= *size && *size > 0);
+    let message = |size| format!("it holds {} of {}", format_bytes(info.used), format_bytes(size));
+    full.map(|size| HealthProblem { status: Health::Degraded, reason: "QuotaReached", message: message(size) })
+        .into_iter()
+        .collect()
+}
+
+/// Is there nobody who serves the file system?
+fn without_mds(group: &Group<'_>) -> Result<Option<HealthProblem>> {
+    let map = group.monitor("fs dump")?;
+    let filesystems = map.get("filesystems").and_then(Value::as_array).into_iter().flatten();
+    let name = |filesystem: &Value| filesystem.pointer("/mdsmap/fs_name").and_then(Value::as_str).map(str::to_owned);
+    let Some(filesystem) = filesystems.into_iter().find(|one| name(one).as_deref() == Some(&group.filesystem)) else {
+        return Ok(None);
+    };
+    let daemons = filesystem.pointer("/mdsmap/info").and_then(Value::as_object).into_iter().flatten();
+    let mut states = daemons.filter_map(|(_, daemon)| daemon.get("state")?.as_str());
+    if states.any(|state| state == "up:active") {
+        return Ok(None);
+    }
+    let message = format!("no MDS of file system {} is active", group.filesystem);
+    Ok(Some(HealthProblem { status: Health::Inaccessible, reason: "NoActiveMds", message }))
+}
+
+impl Growth for Cephfs {
+    fn ensure_size(&self, id: &VolumeId, range: CapacityRange, secrets: &Secrets) -> Result<(u64, bool)> {
+        self.change(id, secrets, |group, name, info| {
+            let Some(size) = info.size else {
+                fail!(Precondition, "{id} has no quota: it can already grow as far as the file system")
+            };
+            if range.limit().is_some_and(|limit| limit < size) {
+                fail!(OutOfRange, "{id} has {} already, and volumes never shrink", format_bytes(size));
+            }
+            let wanted = range.choose(size, 0, STEP)?;
+            if wanted > size {
+                group.resize(name, wanted)?;
+            }
+            // The kernel and the clients learn a new quota by themselves.
+            Ok((wanted.max(size), false))
+        })
+    }
+}
+
+impl Modification for Cephfs {
+    fn ensure_modified(&self, id: &VolumeId, mutable: &Parameters, secrets: &Secrets) -> Result<()> {
+        let wanted = MutableParameters::parse(mutable)?;
+        self.change(id, secrets, |group, name, info| {
+            if let Some(quota) = wanted.quota {
+                let quota = quota.next_multiple_of(STEP);
+                if info.size.is_some_and(|size| quota < size) {
+                    let size = format_bytes(info.size.unwrap_or_default());
+                    fail!(Invalid, "{id} has {size} already, and volumes never shrink: write a larger quota");
+                }
+                if info.size != Some(quota) {
+                    group.resize(name, quota)?;
+                }
+            }
+            wanted.pin.as_ref().map_or(Ok(()), |pin| set_pin(group, name, pin))
+        })
+    }
+}
+
+impl Cephfs {
+    /// Changes a volume that is there and can be written.
+    fn change<T>(
+        &self,
+        id: &VolumeId,
+        secrets: &Secrets,
+        change: impl FnOnce(&Group<'_>, &str, &Info) -> Result<T>,
+    ) -> Result<T> {
+        let subvolume = match Address::of(id) {
+            Some(Address::Subvolume(subvolume)) => subvolume,
+            Some(Address::Path { .. }) => fail!(Precondition, "{id} is a directory without a quota of its own"),
+            None => fail!(NotFound, "{id} does not exist"),
+        };
+        self.with(&subvolume, secrets, |group| {
+            let State::Present(info) = group.info(&subvolume.name)? else { fail!(NotFound, "{id} does not exist") };
+            // One without a quota may show a snapshot.
+            if info.size.is_none()
+                && VolumeNotes::read(group, &subvolume.name)?.is_some_and(|notes| notes.shows.is_some())
+            {
+                fail!(Precondition, "{id} shows a snapshot and can't be changed");
+            }
+            change(group, &subvolume.name, &info)
+        })
+    }
+}
+
+fn set_pin(group: &Group<'_>, name: &str, pin: &Pin) -> Result<()> {
+    group.pin(name, pin.kind, &pin.setting)
+}
+
+pub(super) fn choose_size(range: Option<CapacityRange>, default: u64) -> Result<u64> {
+    range.map_or(Ok(default), |range| range.choose(default, STEP, STEP))
+}
+
+pub(super) fn creation(class: &ClassParameters, size: Option<u64>) -> Creation<'_> {
+    Creation {
+        size,
+        uid: class.uid,
+        gid: class.gid,
+        mode: class.mode.as_deref(),
+        data_pool: class.data_pool.as_deref(),
+        is_isolated: class.is_isolated,
+    }
+}
+
+/// Is the volume that exists the one that is asked for? Its users may have changed owner and mode since.
+pub(super) fn compare(id: &VolumeId, size: u64, info: &Info, spec: &Spec, class: &ClassParameters) -> Result<()> {
+    let difference = if spec.capacity.is_some_and(|range| !range.allows(size)) {
+        format!("its size is {size} bytes")
+    } else if class.data_pool.as_ref().is_some_and(|pool| *pool != info.data_pool) {
+        format!("its data pool is {}", info.data_pool)
+    } else if class.is_isolated == info.namespace.is_empty() {
+        format!("its namespace is {:?}", info.namespace)
+    } else {
+        return Ok(());
+    };
+    fail!(Conflict, "volume {id} of the name {} exists, but {difference}", spec.name.as_str())
+}
