@@ -6,7 +6,7 @@ DRIVER ?= nvme
 lab = $(or $(BERTH_LAB),/var/tmp/berth-lab)
 quickstart_args = $(if $(KEEP),--keep) $(if $(AT),--path "$(AT)")
 
-.PHONY: help quickstart build check test sanity lab lab-down bench clean
+.PHONY: help quickstart build check test test-vm sanity lab lab-down bench clean
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -29,6 +29,9 @@ check: ## Format, lints, documentation, dependencies, unit tests
 
 test: ## Everything that this machine can test, after installing what that needs
 	@scripts/test.sh
+
+test-vm: ## What needs a kernel with CephFS, in a virtual machine that has one
+	@scripts/test-vm.sh
 
 sanity: ## csi-sanity against the real binary (DRIVER=nvme or cephfs)
 	@scripts/sanity.sh $(DRIVER)

@@ -5,6 +5,7 @@
 #   lab.sh up DIR [BASE_PORT]            starts it; all that it writes is below DIR. Source DIR/env to use it.
 #                                        The monitor takes the first free pair of ports from BASE_PORT (40000) on.
 #                                        RGW=1 adds S3. OSD_BYTES is the room that the OSD has (4 GiB).
+#                                        LAB_DEADLINE is how long that may take (60 seconds).
 #   lab.sh restart DIR mon|mgr|osd|mds   kills that daemon, if it lives, and starts it on the data that it had. Returns
 #                                        when it has started, not when it serves. The OSD's data dies with it: refused.
 #   lab.sh down DIR                      stops all that and removes DIR
@@ -15,7 +16,7 @@ set -euo pipefail
 umask 077 # keys are below DIR
 deploy=$(realpath "$(dirname "$0")/../deploy/cephfs")
 host=127.0.0.1
-deadline=60 # seconds
+deadline=${LAB_DEADLINE:-60} # seconds
 mark="# Written by Berth's lab.sh: 'down' removes this folder."
 
 die() { echo "lab.sh: $*" >&2; exit 1; }

@@ -8,6 +8,7 @@ mod shown;
 use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
 use std::path::Path;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use rustix::io::Errno;
@@ -18,8 +19,11 @@ use super::filesystem::{self, Attribute};
 use super::{mounts, paths};
 use crate::error::{Context, Error, ErrorKind, Result};
 
-/// The kernel's own patience is a minute, for each of two steps.
+/// The kernel's own patience is a minute, in seconds.
 const MOUNT_TIMEOUT: u32 = 30;
+
+/// A mount that takes longer has something wrong with it.
+const USUAL: Duration = Duration::from_secs(3);
 
 /// fsconfig(2) takes strings up to this length, in bytes.
 const LONGEST: usize = 255;
@@ -68,7 +72,7 @@ pub fn has_kernel_client() -> Result<bool> {
     }
 }
 
-/// Mounts a directory of a CephFS at `target`, made if missing. Blocks for up to twice `mount_timeout`, which is
+/// Mounts a directory of a CephFS at `target`, made if missing. Blocks for little more than `mount_timeout`, which is
 /// 30 seconds unless the options say otherwise.
 ///
 /// The caller knows that the options are harmless. A mount whose client was evicted recovers by itself
@@ -105,69 +109,129 @@ fn mount_on(
     options: &[(&str, Option<&str>)],
     read_only: bool,
 ) -> Result<()> {
-    let context = match rustix::mount::fsopen("ceph", FsOpenFlags::FSOPEN_CLOEXEC) {
-        Err(Errno::NODEV) => fail!(Unsupported, "this kernel has no CephFS client: install its module `ceph`"),
-        opened => opened.context(|| "cannot use the kernel's CephFS client".to_owned())?,
-    };
-    let context = Configuration { context };
-
-    let mut attributes = MountAttrFlags::empty();
-    for (key, value) in options {
-        match Attribute::parse(key) {
-            Some(attribute) => attributes |= attribute.flag(),
-            None => context.set(key, *value)?,
-        }
-    }
-    let given = |wanted| options.iter().find(|(key, _)| *key == wanted).map(|(_, value)| value.unwrap_or_default());
-    if given("recover_session").is_none() {
-        context.set("recover_session", Some("clean"))?;
-    }
-    let patience = given("mount_timeout").and_then(|value| value.parse().ok()).unwrap_or(MOUNT_TIMEOUT);
-    context.set("mount_timeout", Some(&patience.to_string()))?;
-    if read_only {
-        context.set("ro", None)?;
-        attributes |= MountAttrFlags::MOUNT_ATTR_RDONLY;
-    }
-
-    let addresses = context.choose_protocol(source.monitors, given("ms_mode"))?;
-    context.set_source(syntax, source, &addresses)?;
-    // Kernels before 6.13 take the user from here only, even where the source has it.
-    context.set("name", Some(source.user))?;
-    if !context.accepts("secret", source.key)? {
-        let user = source.user;
-        fail!(Denied, "the key of client.{user} is none: it has to be as `ceph auth get-key client.{user}` prints it");
-    }
-
-    let log = failure::KernelLog::from_now();
+    let described = Described::new(syntax, source, options, read_only)?;
+    let mut log = failure::KernelLog::from_now();
     let begun = Instant::now();
-    rustix::mount::fsconfig_create(&context.context)
-        .and_then(|()| filesystem::attach(&context.context, attributes, target))
-        .map_err(|errno| {
-            let failure = failure::Failure {
-                source,
-                addresses: &addresses,
-                errno,
-                timed_out: begun.elapsed() >= Duration::from_secs(patience.into()),
-                log: log.lines(),
-                said: filesystem::kernel_messages(&context.context),
-            };
-            failure.into_error()
-        })
+    let is_rejected = || {
+        // In an outage many mounts wait: no second client for each.
+        if !log.allows_rejection() {
+            return false;
+        }
+        let ours = [("recover_session", Some("no")), ("mount_timeout", Some("3"))];
+        let theirs = options.iter().filter(|(key, _)| ours.iter().all(|(other, _)| key != other));
+        let options: Vec<_> = theirs.chain(&ours).copied().collect();
+        Described::new(syntax, source, &options, true)
+            .is_ok_and(|probe| rustix::mount::fsconfig_create(&probe.context) == Err(Errno::ACCESS))
+    };
+    described.create(is_rejected).map_err(|Refused { errno, said }| {
+        let failure = failure::Failure {
+            source,
+            addresses: &described.addresses,
+            errno,
+            timed_out: begun.elapsed() >= described.patience,
+            log: log.lines(),
+            said,
+        };
+        failure.into_error()
+    })?;
+    filesystem::attach(&described.context, described.attributes, target)
+        .context(|| format!("cannot put {} of file system {} on its place", source.path, source.filesystem))
 }
 
-/// A mount that is being described to the kernel.
-struct Configuration {
-    context: OwnedFd,
+/// A mount that the kernel was told about, and that is not made yet. It ends with its context, whatever becomes of it.
+struct Described {
+    context: Arc<OwnedFd>,
+    addresses: Vec<SocketAddr>,
+    attributes: MountAttrFlags,
+    patience: Duration,
 }
+
+impl Described {
+    fn new(syntax: Syntax, source: &Source, options: &[(&str, Option<&str>)], read_only: bool) -> Result<Self> {
+        let context = match rustix::mount::fsopen("ceph", FsOpenFlags::FSOPEN_CLOEXEC) {
+            Err(Errno::NODEV) => fail!(Unsupported, "this kernel has no CephFS client: install its module `ceph`"),
+            opened => opened.context(|| "cannot use the kernel's CephFS client".to_owned())?,
+        };
+        let context = Configuration(context);
+
+        let mut attributes = MountAttrFlags::empty();
+        for (key, value) in options {
+            match Attribute::parse(key) {
+                Some(attribute) => attributes |= attribute.flag(),
+                None => context.set(key, *value)?,
+            }
+        }
+        let given = |wanted| options.iter().find(|(key, _)| *key == wanted).map(|(_, value)| value.unwrap_or_default());
+        if given("recover_session").is_none() {
+            context.set("recover_session", Some("clean"))?;
+        }
+        let patience = given("mount_timeout").and_then(|value| value.parse().ok()).unwrap_or(MOUNT_TIMEOUT);
+        context.set("mount_timeout", Some(&patience.to_string()))?;
+        if read_only {
+            context.set("ro", None)?;
+            attributes |= MountAttrFlags::MOUNT_ATTR_RDONLY;
+        }
+
+        let addresses = context.choose_protocol(source.monitors, given("ms_mode"))?;
+        context.set_source(syntax, source, &addresses)?;
+        // Kernels before 6.13 take the user from here only, even where the source has it.
+        context.set("name", Some(source.user))?;
+        if !context.accepts("secret", source.key)? {
+            let user = source.user;
+            fail!(Denied, "the key of client.{user} is none: give what `ceph auth get-key client.{user}` prints");
+        }
+        // To the kernel, zero is for ever.
+        let patience = Duration::from_secs(if patience == 0 { u32::MAX } else { patience }.into());
+        Ok(Self { context: Arc::new(context.0), addresses, attributes, patience })
+    }
+
+    /// Has the kernel connect to the cluster and find the path.
+    ///
+    /// A client that may recover its session waits for a metadata server that rejects it until its time is over, as if
+    /// that could have been an eviction. So if it takes long, another client that may not is asked: it gets EACCES at
+    /// once where the capabilities don't suffice.
+    ///
+    /// Nor is the end of a failed mount waited for: a metadata server that hangs makes it last three times as long.
+    fn create(&self, is_rejected: impl FnOnce() -> bool) -> Result<(), Refused> {
+        let (sender, receiver) = std::sync::mpsc::channel();
+        let context = Arc::clone(&self.context);
+        let create = move || {
+            let _ = sender.send(rustix::mount::fsconfig_create(&*context));
+        };
+        let started = std::thread::Builder::new().name("cephfs-mount".to_owned()).spawn(create);
+        started.map_err(|_| Refused { errno: Errno::AGAIN, said: String::new() })?;
+        // The thread goes on in vain for a while, and until then reading the context's messages would block.
+        let give_up = |errno| Err(Refused { errno, said: String::new() });
+        let begun = Instant::now();
+        let result = match receiver.recv_timeout(USUAL) {
+            Ok(result) => result,
+            Err(_) if is_rejected() => return give_up(Errno::ACCESS),
+            Err(_) => match receiver.recv_timeout(self.patience.saturating_sub(begun.elapsed()) + USUAL) {
+                Ok(result) => result,
+                Err(_) => return give_up(Errno::TIMEDOUT),
+            },
+        };
+        result.map_err(|errno| Refused { errno, said: filesystem::kernel_messages(&self.context) })
+    }
+}
+
+/// The kernel's answer to a mount that it does not make.
+struct Refused {
+    errno: Errno,
+    said: String,
+}
+
+/// A context of fsopen(2) that takes options.
+struct Configuration(OwnedFd);
 
 impl Configuration {
     fn set(&self, key: &str, value: Option<&str>) -> Result<()> {
         let result = match value {
-            Some(value) => rustix::mount::fsconfig_set_string(&self.context, key, value),
-            None => rustix::mount::fsconfig_set_flag(&self.context, key),
+            Some(value) => rustix::mount::fsconfig_set_string(&self.0, key, value),
+            None => rustix::mount::fsconfig_set_flag(&self.0, key),
         };
         result.map_err(|errno| {
-            let said = filesystem::kernel_messages(&self.context);
+            let said = filesystem::kernel_messages(&self.0);
             let kind = if errno == Errno::INVAL { ErrorKind::Invalid } else { ErrorKind::Internal };
             // Not the value: no caller has to think of what may be in it.
             Error::caused(kind, format!("the kernel refuses the CephFS mount option {key}{said}"), {

@@ -20,7 +20,7 @@ pub(super) struct Failure<'a> {
     /// Did it take as long as it was allowed to?
     pub(super) timed_out: bool,
     /// What the kernel logged meanwhile; `None` where that can't be read.
-    pub(super) log: Option<Vec<String>>,
+    pub(super) log: Option<&'a [String]>,
     /// What it wrote into the mount's context.
     pub(super) said: String,
 }
@@ -29,7 +29,7 @@ impl Failure<'_> {
     pub(super) fn into_error(self) -> Error {
         let Source { path, filesystem, user, .. } = self.source;
         let denied = |line: &String| line.contains("authentication failed") || line.contains("auth method");
-        let is_denied = self.log.iter().flatten().any(denied);
+        let is_denied = self.log.is_some_and(|lines| lines.iter().any(denied));
         let (kind, reason) = match self.errno {
             Errno::HOSTUNREACH if is_denied => {
                 (ErrorKind::Denied, "the cluster refuses the user or the key".to_owned())
@@ -56,7 +56,9 @@ impl Failure<'_> {
             }
             _ => (ErrorKind::Internal, "the kernel refuses it".to_owned()),
         };
-        let log: String = self.log.iter().flatten().map(|line| format!(" ({line})")).collect();
+        let log = self.log.unwrap_or_default();
+        // A long wait repeats itself with small changes.
+        let log: String = log.iter().rev().take(3).rev().map(|line| format!(" ({line})")).collect();
         let said = self.said;
         let message = format!("cannot mount {path} of file system {filesystem} as client.{user}: {reason}{said}{log}");
         match kind {
@@ -69,21 +71,28 @@ impl Failure<'_> {
 
 /// The kernel's log from some moment on. Other mounts' lines are among it: it is evidence, not proof.
 ///
-/// Without `/dev/kmsg` or CAP_SYSLOG there is none, and the messages are less exact.
-pub(super) struct KernelLog(Option<OwnedFd>);
+/// Without `/dev/kmsg` there is none, and the messages are less exact.
+pub(super) struct KernelLog {
+    log: Option<OwnedFd>,
+    lines: Vec<String>,
+}
 
 impl KernelLog {
     pub(super) fn from_now() -> Self {
         let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::CLOEXEC;
-        let opened = rustix::fs::open("/dev/kmsg", flags, Mode::empty())
-            .and_then(|log| rustix::fs::seek(&log, SeekFrom::End(0)).map(|_| log));
-        Self(opened.ok())
+        let opened = rustix::fs::open("/dev/kmsg", flags, Mode::empty()).and_then(|log| {
+            // Containers may have something else there, /dev/null or a terminal.
+            if rustix::fs::fstat(&log)?.st_rdev != rustix::fs::makedev(1, 11) {
+                return Err(Errno::NODEV);
+            }
+            rustix::fs::seek(&log, SeekFrom::End(0)).map(|_| log)
+        });
+        Self { log: opened.ok(), lines: Vec::new() }
     }
 
-    /// What Ceph's client wrote since then and is worth telling, each line once.
-    pub(super) fn lines(&self) -> Option<Vec<String>> {
-        let log = self.0.as_ref()?;
-        let mut lines = Vec::new();
+    /// Reads on. What Ceph's client wrote until now and is worth telling, each line once.
+    pub(super) fn lines(&mut self) -> Option<&[String]> {
+        let log = self.log.as_ref()?;
         // One record a read; a shorter buffer is an error.
         let mut buffer = vec![0_u8; 8192];
         loop {
@@ -91,9 +100,9 @@ impl KernelLog {
                 Ok(length) => {
                     let record = String::from_utf8_lossy(&buffer[..length]);
                     if let Some(line) = worth_telling(&record).map(str::to_owned)
-                        && !lines.contains(&line)
+                        && !self.lines.contains(&line)
                     {
-                        lines.push(line);
+                        self.lines.push(line);
                     }
                 }
                 // Overwritten before it was read.
@@ -101,8 +110,12 @@ impl KernelLog {
                 Err(_) => break,
             }
         }
-        // A long wait repeats itself with small changes.
-        Some(lines.split_off(lines.len().saturating_sub(3)))
+        Some(&self.lines)
+    }
+
+    /// May a metadata server have rejected a client meanwhile?
+    pub(super) fn allows_rejection(&mut self) -> bool {
+        self.lines().is_none_or(|lines| lines.iter().any(|line| line.contains("rejected session")))
     }
 }
 
@@ -133,7 +146,8 @@ mod tests {
             key: "canary",
         };
         let addresses = ["10.0.0.1:3300".parse().unwrap(), "[::1]:3300".parse().unwrap()];
-        let log = log.map(|lines| lines.iter().map(|line| (*line).to_owned()).collect());
+        let log: Option<Vec<_>> = log.map(|lines| lines.iter().map(|line| (*line).to_owned()).collect());
+        let log = log.as_deref();
         let said = String::new();
         let error = Failure { source: &source, addresses: &addresses, errno, timed_out, log, said }.into_error();
         (error.kind(), error.to_string())

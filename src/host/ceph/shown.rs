@@ -64,3 +64,57 @@ fn joined(path: &str, root: &str) -> String {
         (path, root) => format!("{path}{root}"),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Lines of Linux 6.1 and ceph-fuse 16.2.
+    #[test]
+    fn a_line_of_the_mount_table_tells_what_is_shown() {
+        const FSID: &str = "de6cea59-b792-4972-9740-990cc8c47a77";
+        let named = (Some(FSID), Some("cephfs"), None);
+        for (line, expected) in [
+            (
+                "72 25 0:58 / /run/a\\040place rw,noexec,relatime - ceph admin@de6cea59-b792-4972-9740-990cc8c47a77.cephfs=/volumes/vm/use/7add7a50 rw,name=admin,secret=<hidden>,ms_mode=prefer-crc,mount_timeout=30,acl,mon_addr=127.0.0.1:40000,recover_session=clean,rasize=1048576",
+                Some((named, "/volumes/vm/use/7add7a50")),
+            ),
+            (
+                "74 25 0:58 /sub\\040dir /run/bind rw,noexec,relatime - ceph admin@de6cea59-b792-4972-9740-990cc8c47a77.cephfs=/volumes/vm/use/7add7a50 rw,name=admin,secret=<hidden>,ms_mode=prefer-crc,acl,mon_addr=127.0.0.1:40000",
+                Some((named, "/volumes/vm/use/7add7a50/sub dir")),
+            ),
+            (
+                "74 25 0:59 /.snap/snap1/8923faa3 /run/snapshot ro,relatime shared:7 - ceph admin@de6cea59-b792-4972-9740-990cc8c47a77.cephfs=/volumes/vm/snapped ro,name=admin,secret=<hidden>,acl,mon_addr=127.0.0.1:40000,recover_session=clean",
+                Some((named, "/volumes/vm/snapped/.snap/snap1/8923faa3")),
+            ),
+            (
+                "72 25 0:58 /below /run/root rw,relatime - ceph admin@de6cea59-b792-4972-9740-990cc8c47a77.cephfs=/ rw,name=admin,secret=<hidden>,acl,mon_addr=127.0.0.1:40000",
+                Some((named, "/below")),
+            ),
+            (
+                "72 25 0:58 / /run/v1 rw,relatime - ceph 127.0.0.1:40001,[::1]:40001:/volumes/vm/old/575d7dca rw,name=admin,secret=<hidden>,mount_timeout=30,acl,mds_namespace=cephfs,recover_session=clean",
+                Some(((None, Some("cephfs"), None), "/volumes/vm/old/575d7dca")),
+            ),
+            (
+                "72 25 0:58 / /run/v1 rw,relatime - ceph 127.0.0.1:40001:/ rw,name=admin,secret=<hidden>,acl",
+                Some(((None, None, None), "/")),
+            ),
+            (
+                "72 25 0:58 / /run/fuse rw,nosuid,nodev,relatime - fuse berth:cluster.vm.fuse rw,user_id=0,group_id=0,allow_other",
+                Some(((None, None, Some("cluster.vm.fuse")), "/")),
+            ),
+            ("72 25 0:58 / /run/fuse rw,relatime - fuse.ceph-fuse ceph-fuse rw,user_id=0,group_id=0", None),
+            ("72 25 0:58 / /run/fuse rw,relatime - fuse.sshfs berth:home rw,user_id=0,group_id=0", None),
+            ("72 25 254:0 / / rw,relatime - ext4 /dev/vda rw", None),
+            ("no line", None),
+        ] {
+            let expected = expected.map(|((fsid, filesystem, tag), path): (_, &str)| Shown {
+                fsid: fsid.map(str::to_owned),
+                filesystem: filesystem.map(str::to_owned),
+                path: path.to_owned(),
+                tag: tag.map(str::to_owned),
+            });
+            assert_eq!(Shown::of_line(line), expected, "{line}");
+        }
+    }
+}
