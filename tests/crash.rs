@@ -9,8 +9,8 @@ mod common;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
-use std::process::{Child, Command, Stdio};
-use std::time::{Duration, Instant};
+use std::process::Command;
+use std::time::Duration;
 
 use common::tracer::{Step, Tracer};
 use common::{Client, GI, Lab, MI, Use, from_snapshot, is_root, read, write};

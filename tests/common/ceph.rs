@@ -165,9 +165,9 @@ impl Cluster {
         loop {
             let status = self.json(&["status"]);
             let mgr = status["mgrmap"]["available"].as_bool() == Some(true);
-            let mds = status["fsmap"]["by_rank"].as_array().is_some_and(|all| {
-                all.iter().any(|one| one["status"].as_str().is_some_and(|state| state.starts_with("up:active")))
-            });
+            let checks = status["health"]["checks"].as_object().unwrap();
+            let mds = !checks.keys().any(|check| check.starts_with("MDS") || check.starts_with("FS"))
+                && !self.ceph(&["fs", "dump", "--format", "json"]).contains("laggy_since");
             let volumes = || {
                 let mut command = Command::new("timeout");
                 command.args(["10", "ceph", "--conf", self.get("CONF"), "fs", "subvolume", "ls", "cephfs"]);

@@ -71,7 +71,7 @@ pub(super) enum Trouble {
 pub(super) struct Control {
     connector: Box<dyn Connector>,
     deadline: Duration,
-    idle: Duration,
+    pub(super) idle: Duration,
     metrics: Arc<Metrics>,
     pool: Arc<Mutex<Pool>>,
     waiting: Arc<Mutex<Waiting>>,

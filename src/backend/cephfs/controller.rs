@@ -45,7 +45,7 @@ impl Controller for Cephfs {
         let name = &subvolume.name;
         let (size, path) = match group.info(name)? {
             State::Copying => fail!(Conflict, "{id} exists, and is being made from a source"),
-            State::Absent | State::Retained => {
+            State::Absent | State::Retained | State::HalfMade => {
                 let size = choose_size(spec.capacity, DEFAULT_SIZE)?;
                 group.create(name, &creation(&class, Some(size)))?;
                 self.finish(&group, id, name, spec, &class)?;
@@ -251,6 +251,8 @@ impl Cephfs {
                 return self.forget_copy(group, subvolume);
             }
             State::Copying => return self.delete_copying(group, subvolume, COPY_PATIENCE),
+            State::HalfMade if subvolume.is_ours() => {}
+            State::HalfMade => fail!(Precondition, "{subvolume} is damaged, and was not made by Berth: not deleted"),
             State::Present(info) => {
                 if !subvolume.is_ours() && !VolumeNotes::read(group, name)?.is_some_and(|notes| notes.adopted) {
                     fail!(
@@ -432,8 +434,9 @@ fn without_mds(group: &Group<'_>) -> Result<Option<HealthProblem>> {
         return Ok(None);
     };
     let daemons = filesystem.pointer("/mdsmap/info").and_then(Value::as_object).into_iter().flatten();
-    let mut states = daemons.filter_map(|(_, daemon)| daemon.get("state")?.as_str());
-    if states.any(|state| state == "up:active") {
+    // One that the monitors have not heard of for a while is still called active.
+    let mut daemons = daemons.filter(|(_, daemon)| daemon.get("laggy_since").is_none());
+    if daemons.any(|(_, daemon)| daemon.get("state").and_then(Value::as_str) == Some("up:active")) {
         return Ok(None);
     }
     let message = format!("no MDS of file system {} is active", group.filesystem);

@@ -48,7 +48,9 @@ impl Cloning for Cephfs {
             let size = match group.info(&subvolume.name)? {
                 State::Present(info) => info.size,
                 State::Copying => fail!(Precondition, "the source volume {source} is still being copied itself"),
-                State::Absent | State::Retained => fail!(NotFound, "the source volume {source} does not exist"),
+                State::Absent | State::Retained | State::HalfMade => {
+                    fail!(NotFound, "the source volume {source} does not exist")
+                }
             };
             let shown = match size {
                 None => VolumeNotes::read(group, &subvolume.name)?.and_then(|notes| notes.shows),
@@ -114,7 +116,7 @@ impl Cephfs {
             fail!(OutOfRange, "a volume made from {:?} needs at least {}", origin.content, format_bytes(origin.size));
         }
         match group.info(name)? {
-            State::Absent | State::Retained => {
+            State::Absent | State::Retained | State::HalfMade => {
                 let (volume, snapshot) = (&origin.subvolume.name, &origin.snapshot);
                 if origin.is_temporary {
                     self.hint(group, |hints| hints.insert(snapshot.clone(), volume.clone()));

@@ -29,6 +29,8 @@ pub(super) enum State {
     Retained,
     /// A copy that is not complete, or was given up.
     Copying,
+    /// The manager died while it made it, and left it without a layout.
+    HalfMade,
     Present(Info),
 }
 
@@ -98,6 +100,7 @@ impl Group<'_> {
             Ok(answer) => answer,
             Err(refusal) if refusal.errno == Errno::NOENT => return Ok(State::Absent),
             Err(refusal) if refusal.errno == Errno::AGAIN => return Ok(State::Copying),
+            Err(refusal) if refusal.errno == Errno::NODATA => return Ok(State::HalfMade),
             Err(refusal) => return Err(refusal.into()),
         };
         let text = |key: &str| answer.get(key).and_then(Value::as_str).unwrap_or_default().to_owned();
@@ -412,6 +415,8 @@ impl Group<'_> {
             ),
             _ => {
                 let kind = match errno {
+                    // A manager that has just started.
+                    Errno::OPNOTSUPP if said.contains("not enabled/loaded") => ErrorKind::Unreachable,
                     Errno::INVAL if !is_defect => ErrorKind::Invalid,
                     Errno::NOENT => ErrorKind::NotFound,
                     Errno::EXIST => ErrorKind::Conflict,
@@ -421,13 +426,9 @@ impl Group<'_> {
                     Errno::TIMEDOUT | Errno::NOTCONN | Errno::SHUTDOWN | Errno::CONNREFUSED => ErrorKind::Unreachable,
                     _ => ErrorKind::Internal,
                 };
-                let cause = std::io::Error::from(errno);
                 let what = format!("`{prefix}` failed in {cluster}/{filesystem}/{group}");
-                if said.is_empty() {
-                    Error::caused(kind, what, cause)
-                } else {
-                    Error::new(kind, format!("{what}: {said}"))
-                }
+                let what = if said.is_empty() { what } else { format!("{what}: {said}") };
+                Error::caused(kind, what, std::io::Error::from(errno))
             }
         };
         Refusal { errno, error }

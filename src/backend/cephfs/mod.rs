@@ -15,6 +15,8 @@ mod node;
 mod notes;
 mod parameters;
 mod snapshots;
+#[cfg(test)]
+mod tests;
 
 use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};

@@ -170,16 +170,26 @@ impl Mounts {
         self.probes.usage(path, PATIENCE)
     }
 
+    /// Takes the uppermost mount at a path away. One that is dead or silent goes out of sight even if somebody waits for
+    /// an answer of it.
+    pub(super) fn unmount(&self, path: &Path) -> Result<()> {
+        match self.health(path)? {
+            Health::Alive => mounts::unmount_patiently(path, UNMOUNT),
+            Health::Dead(why) => {
+                tracing::warn!(path = %path.display(), %why, "the mount is dead: taken away");
+                mounts::detach(path)
+            }
+            Health::Silent => match mounts::unmount_patiently(path, UNMOUNT) {
+                Err(error) if error.kind() == ErrorKind::Busy => mounts::detach(path),
+                result => result,
+            },
+        }
+    }
+
     /// Unmounts what of this volume is at a staging path, and waits until what was written has reached Ceph.
     pub(super) fn ensure_unmounted(&self, id: &VolumeId, path: &Path) -> Result<()> {
         while is_at(id, path)? {
-            match self.health(path)? {
-                Health::Dead(why) => {
-                    tracing::warn!(volume.id = %id, %why, path = %path.display(), "the mount is dead: taken away");
-                    mounts::detach(path)?;
-                }
-                Health::Alive | Health::Silent => mounts::unmount_patiently(path, UNMOUNT)?,
-            }
+            self.unmount(path)?;
         }
         // ceph-fuse writes back what it holds after its mount is gone, and ends then.
         let (tag, place) = (format!("fsname={FUSE_TAG}{id}"), path.display().to_string());
@@ -280,7 +290,9 @@ fn explain(plan: &Plan<'_>, account: &Account, error: &Error) -> Error {
         .any(|sign| said.contains(sign))
     {
         ErrorKind::Denied
-    } else if ["Connection timed out", "failed to fetch mon config"].iter().any(|sign| said.contains(sign))
+    } else if ["Connection timed out", "failed to fetch mon config", "no MDS server is up"]
+        .iter()
+        .any(|sign| said.contains(sign))
         || error.kind() == ErrorKind::OutcomeUnknown
     {
         ErrorKind::Unreachable

@@ -58,10 +58,7 @@ impl Node for Cephfs {
     }
 
     fn unmount(&self, target: &Path) -> Result<()> {
-        match self.mounts.health(target)? {
-            Health::Dead(_) => mounts::detach(target),
-            Health::Alive | Health::Silent => mounts::unmount_patiently(target, Duration::from_secs(5)),
-        }
+        self.mounts.unmount(target)
     }
 
     fn is_at(&self, id: &VolumeId, path: &Path) -> Result<bool> {

@@ -51,7 +51,9 @@ impl Snapshots for Cephfs {
             let info = match group.info(&subvolume.name)? {
                 State::Present(info) => info,
                 State::Copying => fail!(Precondition, "{source} is still being copied"),
-                State::Absent | State::Retained => fail!(NotFound, "the source volume {source} does not exist"),
+                State::Absent | State::Retained | State::HalfMade => {
+                    fail!(NotFound, "the source volume {source} does not exist")
+                }
             };
             if info.size.is_none()
                 && VolumeNotes::read(group, &subvolume.name)?.is_some_and(|notes| notes.shows.is_some())
@@ -187,7 +189,7 @@ impl Cephfs {
         let content = ContentSource::Snapshot(source.id()?.as_str().to_owned());
         let (is_there, path) = match group.info(name)? {
             State::Copying => return Ok(None),
-            State::Absent | State::Retained => (false, None),
+            State::Absent | State::Retained | State::HalfMade => (false, None),
             State::Present(info) => match VolumeNotes::read(group, name)? {
                 Some(notes) if notes.source.as_ref() == Some(&content) && notes.shows.is_some() => {
                     let size = notes.shows.as_ref().map_or(0, |shown| shown.size);

@@ -1,0 +1,279 @@
+//! What a real cluster can't be made to show, on a double of it.
+
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Condvar, Mutex};
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+
+use super::Cephfs;
+use super::control::{Ceph, Connector, Control};
+use crate::backend::{Controller, Growth};
+use crate::config::Config;
+use crate::error::ErrorKind;
+use crate::host::Errno;
+use crate::host::librados::{Failure, Target};
+use crate::secrets::Secrets;
+use crate::telemetry::Metrics;
+use crate::volume::{Access, AccessMode, Capability, CapacityRange, Name, Owner, Spec};
+
+const DEADLINE: Duration = Duration::from_millis(200);
+
+/// A cluster that keeps its subvolumes in memory. A fault answers the next command of its prefix in place of it.
+#[derive(Default)]
+struct Double {
+    subvolumes: Mutex<BTreeMap<String, Value>>,
+    faults: Mutex<BTreeMap<&'static str, Fault>>,
+    connections: AtomicUsize,
+    commands: Mutex<Vec<String>>,
+    /// Commands that hang go on when it is true.
+    released: Mutex<bool>,
+    release: Condvar,
+}
+
+#[derive(Clone)]
+enum Fault {
+    Refuse(Errno, &'static str),
+    Say(&'static str),
+    /// It is done, but the answer is lost.
+    DoAndRefuse(Errno),
+    Hang,
+}
+
+#[derive(Clone)]
+struct Handle(Arc<Double>);
+
+impl Connector for Handle {
+    fn connect(&self, monitors: &str, _: &str, key: &str, _: Duration) -> Result<Arc<dyn Ceph>, Failure> {
+        self.0.connections.fetch_add(1, Ordering::SeqCst);
+        let refused = |errno| Err(Failure { errno, message: String::new() });
+        match (monitors, key) {
+            ("v2:gone:1", _) => {
+                std::thread::sleep(Duration::from_millis(50));
+                refused(Errno::TIMEDOUT)
+            }
+            (_, "right") => Ok(Arc::new(self.clone())),
+            _ => refused(Errno::ACCESS),
+        }
+    }
+}
+
+impl Ceph for Handle {
+    fn fsid(&self) -> &str {
+        "8833edaa-7b93-432c-ad33-eebf3b535547"
+    }
+
+    fn command(&self, _: Target, command: &str) -> Result<Vec<u8>, Failure> {
+        let command: Value = serde_json::from_str(command).unwrap();
+        let text = |key: &str| command[key].as_str().unwrap_or_default().to_owned();
+        let prefix = text("prefix");
+        self.0.commands.lock().unwrap().push(prefix.clone());
+        let fault = self.0.faults.lock().unwrap().remove(prefix.as_str());
+        match fault {
+            Some(Fault::Refuse(errno, message)) => return Err(Failure { errno, message: message.to_owned() }),
+            Some(Fault::Say(text)) => return Ok(text.as_bytes().to_vec()),
+            Some(Fault::Hang) => {
+                let released = self.0.released.lock().unwrap();
+                drop(self.0.release.wait_while(released, |released| !*released).unwrap());
+            }
+            Some(Fault::DoAndRefuse(_)) | None => {}
+        }
+        let name = text("sub_name");
+        let mut subvolumes = self.0.subvolumes.lock().unwrap();
+        let missing = || Err(Failure { errno: Errno::NOENT, message: format!("subvolume '{name}' does not exist") });
+        let answer = match prefix.as_str() {
+            "mon dump" => json!({"mons": [{"public_addrs": {"addrvec": [{"type": "v2", "addr": "10.0.0.1:3300"}]}}]}),
+            "fs ls" => json!([{"name": "cephfs"}]),
+            "fs subvolume info" => match subvolumes.get(&name) {
+                Some(subvolume) => subvolume.clone(),
+                None => return missing(),
+            },
+            "fs subvolume create" => {
+                let fresh = json!({"bytes_quota": command["size"], "bytes_used": 0, "data_pool": "d", "gid": 0,
+                    "path": format!("/volumes/csi/{name}/u"), "pool_namespace": "", "state": "complete", "type": "subvolume"});
+                subvolumes.insert(name.clone(), fresh);
+                Value::Null
+            }
+            "fs subvolume metadata set" => {
+                let Some(subvolume) = subvolumes.get_mut(&name) else { return missing() };
+                subvolume["notes"] = command["value"].clone();
+                Value::Null
+            }
+            "fs subvolume metadata get" => match subvolumes.get(&name).and_then(|one| one["notes"].as_str()) {
+                Some(notes) => return Ok(notes.as_bytes().to_vec()),
+                None => return missing(),
+            },
+            "fs subvolume getpath" => return Ok(format!("/volumes/csi/{name}/u\n").into_bytes()),
+            "fs subvolume rm" => match subvolumes.remove(&name) {
+                Some(_) => Value::Null,
+                None => return missing(),
+            },
+            "fs subvolume ls" => subvolumes.keys().map(|name| json!({"name": name})).collect(),
+            "fs subvolume snapshot ls" => json!([]),
+            other => panic!("{other}"),
+        };
+        if let Some(Fault::DoAndRefuse(errno)) = fault {
+            return Err(Failure { errno, message: String::new() });
+        }
+        Ok(if answer.is_null() { Vec::new() } else { answer.to_string().into_bytes() })
+    }
+}
+
+fn backend() -> (Arc<Double>, Cephfs) {
+    let double = Arc::new(Double::default());
+    let text = "
+clusters:
+  - {name: main, monitors: ['v2:here:1']}
+  - {name: gone, monitors: ['v2:gone:1']}
+drivers: [{backend: cephfs, socket: /run/x}]";
+    let config = Config::parse(text, &|_| None).unwrap();
+    let control = Control::new(Box::new(Handle(double.clone())), DEADLINE, Arc::new(Metrics::default()));
+    (double, Cephfs::over(control, &config))
+}
+
+fn secrets(key: &str) -> Secrets {
+    Secrets::new([("userID", "someone"), ("userKey", key)].map(|(key, value)| (key.to_owned(), value.to_owned())))
+}
+
+fn spec(name: &str, cluster: &str) -> Spec {
+    Spec {
+        name: Name::new(name).unwrap(),
+        capacity: Some(CapacityRange::new(32 << 20, 0).unwrap()),
+        capabilities: vec![Capability {
+            access: Access::Mount { filesystem: String::new(), flags: Vec::new(), group: String::new() },
+            mode: AccessMode::MultiNodeMultiWriter,
+        }],
+        parameters: [("cluster".to_owned(), cluster.to_owned())].into(),
+        mutable: [].into(),
+        owner: Owner::default(),
+        places: Vec::new(),
+    }
+}
+
+fn create(cephfs: &Cephfs, name: &str) -> crate::error::Result<crate::volume::Volume> {
+    let spec = spec(name, "main");
+    let id = cephfs.volume_id(&spec.name, &spec.parameters)?;
+    cephfs.ensure_volume(&id, &spec, &secrets("right"))
+}
+
+#[test]
+fn what_ceph_refuses_becomes_an_error_that_says_what_to_do() {
+    let (double, cephfs) = backend();
+    for (fault, kind, says) in [
+        (Fault::Refuse(Errno::NOSPC, ""), ErrorKind::Exhausted, "No space left"),
+        (
+            Fault::Refuse(Errno::INVAL, "Traceback (most recent call last):\n  File x\nKeyError: 'a'"),
+            ErrorKind::Internal,
+            "KeyError",
+        ),
+        (Fault::Refuse(Errno::INVAL, "invalid pool layout 'x'"), ErrorKind::Invalid, "invalid pool layout"),
+        (Fault::Refuse(Errno::OPNOTSUPP, "too old"), ErrorKind::Unsupported, "too old"),
+        (Fault::Refuse(Errno::IO, ""), ErrorKind::Internal, "Input/output"),
+        (Fault::Say("{not json"), ErrorKind::Internal, "cannot read what Ceph answered"),
+    ] {
+        double.faults.lock().unwrap().insert("fs subvolume create", fault);
+        let error = create(&cephfs, "refused").unwrap_err();
+        assert_eq!(error.kind(), kind, "{error}");
+        assert!(error.to_string().contains(says) && !error.to_string().contains("File x"), "{error}");
+    }
+    double.faults.lock().unwrap().insert("fs subvolume info", Fault::Say("{}"));
+    assert_eq!(create(&cephfs, "refused").unwrap_err().kind(), ErrorKind::Internal);
+}
+
+#[test]
+fn a_call_whose_answer_was_lost_is_finished_by_the_next() {
+    let (double, cephfs) = backend();
+    for step in ["fs subvolume create", "fs subvolume metadata set"] {
+        double.faults.lock().unwrap().insert(step, Fault::DoAndRefuse(Errno::NOTCONN));
+        assert_eq!(create(&cephfs, step).unwrap_err().kind(), ErrorKind::Unreachable);
+        let volume = create(&cephfs, step).unwrap();
+        let name = volume.id.as_str().rsplit('/').next().unwrap().to_owned();
+        assert!(double.subvolumes.lock().unwrap()[&name]["notes"].as_str().unwrap().contains(step));
+        double.faults.lock().unwrap().insert("fs subvolume rm", Fault::DoAndRefuse(Errno::SHUTDOWN));
+        cephfs.ensure_absent(&volume.id, &secrets("right")).unwrap_err();
+        cephfs.ensure_absent(&volume.id, &secrets("right")).unwrap();
+    }
+    assert!(double.subvolumes.lock().unwrap().is_empty());
+    // A connection that Ceph has thrown out is made again.
+    assert_eq!(double.connections.load(Ordering::SeqCst), 5);
+}
+
+#[test]
+fn a_change_that_was_not_answered_keeps_later_ones_of_its_volume_away() {
+    let (double, cephfs) = backend();
+    let (slow, other) = (create(&cephfs, "slow").unwrap().id, create(&cephfs, "other").unwrap().id);
+    double.faults.lock().unwrap().insert("fs subvolume rm", Fault::Hang);
+    let begun = Instant::now();
+    let error = cephfs.ensure_absent(&slow, &secrets("right")).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::OutcomeUnknown, "{error}");
+    assert!(begun.elapsed() >= DEADLINE && begun.elapsed() < 20 * DEADLINE);
+    // It may be deleted at any moment: nobody may believe that it is still there.
+    assert_eq!(cephfs.ensure_absent(&slow, &secrets("right")).unwrap_err().kind(), ErrorKind::Busy);
+    let range = CapacityRange::new(64 << 20, 0).unwrap();
+    assert_eq!(cephfs.ensure_size(&slow, range, &secrets("right")).unwrap_err().kind(), ErrorKind::Busy);
+    cephfs.ensure_absent(&other, &secrets("right")).unwrap();
+    *double.released.lock().unwrap() = true;
+    double.release.notify_all();
+    let end = Instant::now() + Duration::from_secs(10);
+    while cephfs.ensure_absent(&slow, &secrets("right")).is_err() {
+        assert!(Instant::now() < end, "it stays away for ever");
+    }
+    create(&cephfs, "slow").unwrap();
+}
+
+#[test]
+fn who_brings_another_key_does_not_get_the_connection_of_the_right_one() {
+    let (double, cephfs) = backend();
+    let id = create(&cephfs, "mine").unwrap().id;
+    let error = cephfs.find(&id, &secrets("wrong")).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Denied, "{error}");
+    assert!(cephfs.find(&id, &secrets("right")).unwrap().is_some());
+    assert_eq!(double.connections.load(Ordering::SeqCst), 2);
+    for (bad, kind) in [("", ErrorKind::Denied), ("not a key", ErrorKind::Denied)] {
+        assert_eq!(cephfs.find(&id, &secrets(bad)).unwrap_err().kind(), kind);
+    }
+    assert_eq!(cephfs.find(&id, &Secrets::default()).unwrap_err().kind(), ErrorKind::Denied);
+}
+
+#[test]
+fn those_who_wait_for_a_connection_share_its_failure() {
+    let (double, cephfs) = backend();
+    let spec = spec("x", "gone");
+    let id = cephfs.volume_id(&spec.name, &spec.parameters).unwrap();
+    let begun = Instant::now();
+    std::thread::scope(|scope| {
+        for _ in 0..20 {
+            scope.spawn(|| {
+                let error = cephfs.find(&id, &secrets("right")).unwrap_err();
+                assert_eq!(error.kind(), ErrorKind::Unreachable, "{error}");
+            });
+        }
+    });
+    assert!(double.connections.load(Ordering::SeqCst) < 10, "{:?}", double.connections);
+    assert!(begun.elapsed() < Duration::from_secs(5));
+}
+
+#[test]
+fn a_connection_that_nobody_uses_is_dropped_and_made_again() {
+    let (double, mut cephfs) = backend();
+    cephfs.control.idle = Duration::from_millis(40);
+    create(&cephfs, "idle").unwrap();
+    // The double is held by this test, the back end and the connection.
+    let end = Instant::now() + Duration::from_secs(10);
+    while Arc::strong_count(&double) > 2 {
+        assert!(Instant::now() < end, "the connection stays");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    create(&cephfs, "idle").unwrap();
+    assert_eq!(double.connections.load(Ordering::SeqCst), 2);
+}
+
+#[test]
+fn a_repeated_create_asks_once() {
+    let (double, cephfs) = backend();
+    create(&cephfs, "twice").unwrap();
+    let sent = double.commands.lock().unwrap().len();
+    create(&cephfs, "twice").unwrap();
+    assert_eq!(double.commands.lock().unwrap()[sent..], ["fs subvolume info"]);
+}
