@@ -3,6 +3,7 @@
 mod client;
 pub mod doctor;
 mod kubelet;
+mod orphans;
 pub mod quickstart;
 pub mod serve;
 mod table;
