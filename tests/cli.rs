@@ -346,10 +346,10 @@ fn orphans_are_deleted_one_after_the_other_and_only_on_a_list_that_can_be_truste
     let known = folder.path().join("known");
     let known_text = known.display().to_string();
     for (text, why) in [
-        (String::new(), "--none-known"),
-        ("vol-of-somebody\n".to_owned(), "--none-known"),
+        (String::new(), "no volume of this driver is known, of 3 that it has"),
+        ("vol-of-somebody\n".to_owned(), "none of the driver's 3 volumes is among the 1 known ones"),
         (format!("NAME  HANDLE\n{kept}"), "is no volume handle"),
-        (r#"{"kind": "List", "items": []}"#.to_owned(), "--none-known"),
+        (r#"{"kind": "List", "items": []}"#.to_owned(), "say --none-known"),
     ] {
         std::fs::write(&known, &text).unwrap();
         let (out, err) = run(&mut command(&["orphans", "--known", &known_text, "--delete"]), 1);

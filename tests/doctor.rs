@@ -83,8 +83,8 @@ fn the_users_that_are_made_for_berth_may_do_all_that_is_needed_and_no_more() {
         "(mon, mgr, mds)",
         "an MDS of it is active",
         "client.berth-provisioner may use the 21 commands",
-        "client.berth-provisioner may do nothing that it has no need for",
-        "client.berth-node may do nothing that it has no need for",
+        "client.berth-provisioner may do no more than it needs",
+        "client.berth-node may do no more than it needs",
     ] {
         assert!(findings.iter().any(|line| line.contains(part)), "{part} is not in {findings:#?}");
     }

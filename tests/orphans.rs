@@ -127,11 +127,17 @@ fn volumes_without_a_persistent_volume_are_listed_with_their_claims_and_only_tho
     assert_eq!(orphans["orphans"][0]["deleted"], true);
     assert_eq!(controller.ids(), std::slice::from_ref(&kept));
 
-    // What needs the node service says so.
-    let target = dir.path().join("data");
+    // What needs the node service says so before anything is made, whether it is a file or a socket that lacks it.
+    let (socket, below) = (dir.path().join("csi.sock"), dir.path().join("new"));
+    let (socket, target) = (socket.to_str().unwrap(), below.join("data"));
+    let (out, _) = berth(&["volume", "--socket", socket, "list"], 0);
+    assert!(out.contains(&kept), "{out}");
     let config = controller.config.to_str().unwrap();
-    let (_, err) = berth(&["volume", "--config", config, "mount", &kept, target.to_str().unwrap()], 1);
-    assert!(err.contains("has no node service there") && !target.exists(), "{err}");
+    for place in [["--socket", socket], ["--config", config]] {
+        let mount = ["mount", &kept, target.to_str().unwrap(), "--staging", below.to_str().unwrap()];
+        let (_, err) = berth(&[&["volume"][..], &place, &mount].concat(), 1);
+        assert!(err.contains("has no node service there") && !below.exists(), "{err}");
+    }
     controller.volume(&["delete", &kept]);
     assert_eq!(ceph.run(&["fs", "subvolume", "ls", "cephfs", GROUP]).trim(), "[]");
 }

@@ -107,10 +107,7 @@ impl Patient<'_> {
         }
         let (subject, user) = (&self.cluster.name, self.user());
         if found.is_empty() {
-            return Ok(Finding::fine(
-                subject,
-                format!("{user} may do nothing that it has no need for, of what was tried"),
-            ));
+            return Ok(Finding::fine(subject, format!("{user} may do no more than it needs, as far as was tried")));
         }
         let what = format!("{user} may do more than it needs: {}", found.join("; "));
         Ok(Finding::doubtful(subject, what, "deploy/cephfs/users.sh makes users that may do less"))
@@ -158,9 +155,10 @@ impl Patient<'_> {
                 found.push(format!("`{}`", probe.0));
             }
         }
-        let all =
-            |found: Vec<String>| format!("do the controller's work in {filesystem}/{group} (mgr {})", found.join(", "));
-        Ok(if found.is_empty() { None } else { Some(all(found)) }.into_iter().collect())
+        if found.is_empty() {
+            return Ok(found);
+        }
+        Ok(vec![format!("do the controller's work in {filesystem}/{group} (mgr {})", found.join(", "))])
     }
 
     /// Tries a command in a group; one that copies, into the group `target`.
