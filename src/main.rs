@@ -45,6 +45,7 @@ fn run(arguments: Arguments) -> anyhow::Result<()> {
             println!("{} is right", file.display());
             Ok(())
         }
+        Command::Doctor(arguments) => cli::doctor::run(arguments),
         Command::Volume(arguments) => runtime.block_on(cli::volume::run(arguments)),
         Command::Quickstart(arguments) => runtime.block_on(cli::quickstart::run(arguments)),
     }

@@ -313,6 +313,79 @@ fn a_volume_is_made_mounted_grown_unmounted_and_deleted_by_hand() {
 }
 
 #[test]
+fn orphans_are_deleted_one_after_the_other_and_only_on_a_list_that_can_be_trusted() {
+    if skipped() {
+        return;
+    }
+    let folder = Folder::new();
+    let (_driver, config) = Driver::serve(&folder.path());
+    let staging = folder.path().join("staging");
+    let command = |arguments: &[&str]| {
+        let mut command = Command::new(BERTH);
+        command.arg("volume").args(arguments).arg("--config").arg(&config).arg("--staging").arg(&staging);
+        command
+    };
+    let create = |name: &str| -> String {
+        let (out, _) = run(command(&["create", name, "--size", "512Mi"]).arg("--json"), 0);
+        serde_json::from_str::<Value>(&out).unwrap()["id"].as_str().unwrap().to_owned()
+    };
+    let [kept, used, gone] = ["kept", "used", "gone"].map(create);
+    let path = folder.path().join("used").display().to_string();
+    run(&mut command(&["mount", &used, &path]), 0);
+    let ids = || {
+        let (out, _) = run(command(&["list"]).arg("--json"), 0);
+        let all: Value = serde_json::from_str(&out).unwrap();
+        let mut ids: Vec<_> =
+            all["volumes"].as_array().unwrap().iter().map(|one| one["id"].as_str().unwrap().to_owned()).collect();
+        ids.sort();
+        ids
+    };
+    let all = ids();
+
+    // Nothing is done with a list that is empty, of other volumes, no list, or old.
+    let known = folder.path().join("known");
+    let known_text = known.display().to_string();
+    for (text, why) in [
+        (String::new(), "no volume of this driver is known, of 3 that it has"),
+        ("vol-of-somebody\n".to_owned(), "none of the driver's 3 volumes is among the 1 known ones"),
+        (format!("NAME  HANDLE\n{kept}"), "is no volume handle"),
+        (r#"{"kind": "List", "items": []}"#.to_owned(), "say --none-known"),
+    ] {
+        std::fs::write(&known, &text).unwrap();
+        let (out, err) = run(&mut command(&["orphans", "--known", &known_text, "--delete"]), 1);
+        assert!(out.is_empty() && err.contains(why), "{text}: {out}{err}");
+    }
+    std::fs::write(&known, format!("{kept}\n")).unwrap();
+    let old = std::time::SystemTime::now() - Duration::from_secs(3600);
+    std::fs::File::options().write(true).open(&known).unwrap().set_modified(old).unwrap();
+    let (_, err) = run(&mut command(&["orphans", "--known", &known_text, "--delete"]), 1);
+    assert!(err.contains("written 60 minutes ago"), "{err}");
+    let (_, err) = run(&mut command(&["orphans"]), 2);
+    assert!(err.contains("--known"), "{err}");
+    assert_eq!(ids(), all);
+
+    // A list is only a list; one that can't be deleted does not keep the others, and is told.
+    let (out, _) = run(&mut command(&["orphans", "--known", &known_text]), 0);
+    assert!(out.starts_with("ID ") && out.contains(&used) && out.contains(&gone) && !out.contains(&kept), "{out}");
+    assert_eq!(ids(), all);
+    std::fs::write(&known, format!("{kept}\n")).unwrap();
+    let (out, err) = run(&mut command(&["orphans", "--known", &known_text, "--delete"]), 1);
+    assert!(out.contains(&format!("\n{gone} is deleted\n")), "{out}");
+    assert!(out.contains(&format!("cannot delete {used}: ")) && out.contains("(FAILED_PRECONDITION)"), "{out}");
+    assert!(err.contains("1 of 2 orphans could not be deleted"), "{err}");
+    let mut left = vec![kept.clone(), used.clone()];
+    left.sort();
+    assert_eq!(ids(), left);
+    run(&mut command(&["unmount", &used, &path]), 0);
+    let (out, _) = run(command(&["orphans", "--none-known", "--delete"]).arg("--json"), 0);
+    let deleted: Value = serde_json::from_str(&out).unwrap();
+    let deleted = deleted["orphans"].as_array().unwrap().iter();
+    assert!(deleted.clone().count() == 2 && deleted.clone().all(|one| one["deleted"] == true), "{out}");
+    assert_eq!(ids(), [""; 0]);
+    assert_eq!(folder.traces(), [""; 0]);
+}
+
+#[test]
 fn where_the_pool_has_reflink_a_snapshot_outlives_its_volume_and_a_quickstart_skips_nothing() {
     if skipped() {
         return;

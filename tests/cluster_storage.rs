@@ -46,7 +46,7 @@ async fn create_from(
 /// > Workspaces on two nodes write the same volume and read what the other wrote.
 #[tokio::test]
 async fn two_nodes_share_a_volume() {
-    let cluster = cluster!();
+    let Some(cluster) = Cluster::lab() else { return };
     let (one, client) = cluster.driver().await;
     let (other, mut second) = cluster.driver().await;
     second.contexts = client.contexts.clone();
@@ -69,7 +69,7 @@ async fn two_nodes_share_a_volume() {
 /// > A volume's size holds: writing ends at it, and `df` shows it.
 #[tokio::test]
 async fn the_quota_holds() {
-    let cluster = cluster!();
+    let Some(cluster) = Cluster::lab() else { return };
     let (lab, client) = cluster.driver().await;
     let volume = client.make_and_mount(&lab, "quota", 32 * MI, &shared()).await;
     assert_eq!(client.total(&volume.id, &volume.target).await.unwrap(), 32 * MI);
@@ -100,7 +100,7 @@ async fn the_quota_holds() {
 /// > What was written to cluster storage survives unpublishing, unstaging and a driver that is killed with SIGKILL.
 #[tokio::test]
 async fn data_survives() {
-    let cluster = cluster!();
+    let Some(cluster) = Cluster::lab() else { return };
     let (mut lab, client) = cluster.driver().await;
     let volume = client.make_and_mount(&lab, "survives", 64 * MI, &shared()).await;
     write(volume.file("kept"), vec![42; 3 << 20]);
@@ -117,8 +117,8 @@ async fn data_survives() {
 /// > and the driver that comes then unpublishes and unstages it.
 #[tokio::test]
 async fn a_mount_outlives_the_driver() {
-    let cluster = cluster!();
-    let mut lab = cluster.lab();
+    let Some(cluster) = Cluster::lab() else { return };
+    let mut lab = cluster.idle_lab();
     // As a container runtime ends a container: everything in its control group dies.
     let groups = cgroups();
     skip_unless!(groups.is_some(), "no cgroup v2");
@@ -174,7 +174,7 @@ impl Drop for Groups {
 /// > nor the source can be deleted under it.
 #[tokio::test]
 async fn a_read_only_volume_shows_its_snapshot() {
-    let cluster = cluster!();
+    let Some(cluster) = Cluster::lab() else { return };
     let (lab, client) = cluster.driver().await;
     let source = client.make_and_mount(&lab, "shown-source", 64 * MI, &shared()).await;
     write(source.file("file"), "then");
@@ -221,7 +221,7 @@ fn digests(dir: &str) -> String {
 /// > A copy of a volume holds what the volume held when it was asked for, file by file, and nothing is left of the copying.
 #[tokio::test]
 async fn a_copy_is_the_same_file_by_file() {
-    let cluster = cluster!();
+    let Some(cluster) = Cluster::lab() else { return };
     let (lab, client) = cluster.driver().await;
     let source = client.make_and_mount(&lab, "copied", 64 * MI, &shared()).await;
     for folder in 0..10 {
@@ -261,7 +261,7 @@ async fn a_copy_is_the_same_file_by_file() {
 /// > Deleting a volume that is still being copied gives the copy up, and leaves neither it nor its snapshot behind.
 #[tokio::test]
 async fn deleting_a_copy_midway_leaves_nothing() {
-    let cluster = cluster!();
+    let Some(cluster) = Cluster::lab() else { return };
     let (lab, client) = cluster.driver().await;
     let source = client.make_and_mount(&lab, "midway", 64 * MI, &shared()).await;
     for file in 0..200 {
@@ -298,9 +298,9 @@ async fn deleting_a_copy_midway_leaves_nothing() {
 /// > deleted, through another.
 #[tokio::test]
 async fn a_cluster_does_not_answer_for_another() {
-    let cluster = cluster!();
-    let other = cluster!(Cluster::shared("BERTH_LAB_B"));
-    let mut lab = cluster.lab();
+    let Some(cluster) = Cluster::lab() else { return };
+    let Some(other) = Cluster::lab_b() else { return };
+    let mut lab = cluster.idle_lab();
     lab.config.clusters = Some(format!("clusters:\n{}{}", cluster.entry("a", "csi"), other.entry("b", "csi")));
     let client = cluster.start(&mut lab).await;
     let mut through_b = client.clone();
@@ -322,7 +322,7 @@ async fn a_cluster_does_not_answer_for_another() {
     through_b.delete(&as_b).await.unwrap();
     assert_eq!(client.health(&in_a).await.unwrap(), Vec::<String>::new());
     // A driver that does not know the cluster deletes nothing.
-    let mut lonely = other.lab();
+    let mut lonely = other.idle_lab();
     lonely.config.clusters = Some(format!("clusters:\n{}", other.entry("b", "csi")));
     let stranger = other.start(&mut lonely).await;
     refused(stranger.health(&in_a).await, Code::NotFound);
@@ -336,7 +336,7 @@ async fn a_cluster_does_not_answer_for_another() {
 /// > Cluster storage grows while it is used, and never shrinks.
 #[tokio::test]
 async fn volumes_grow_and_never_shrink() {
-    let cluster = cluster!();
+    let Some(cluster) = Cluster::lab() else { return };
     let (lab, client) = cluster.driver().await;
     let volume = client.make_and_mount(&lab, "grows", 16 * MI, &shared()).await;
     assert_eq!(client.grow(&volume.id, 64 * MI).await.unwrap(), 64 * MI);
@@ -372,7 +372,7 @@ async fn volumes_grow_and_never_shrink() {
 /// > files to change that. A class that says something else under the same name is a conflict.
 #[tokio::test]
 async fn a_class_says_what_a_volume_is_like() {
-    let cluster = cluster!();
+    let Some(cluster) = Cluster::lab() else { return };
     let (lab, client) = cluster.driver().await;
     let class = [("uid", "1234"), ("gid", "2345"), ("mode", "2770"), ("dataPool", "cephfs.bulk"), ("isolated", "true")];
     let mut request = Client::request("class", 16 * MI, &shared());
@@ -411,7 +411,7 @@ async fn a_class_says_what_a_volume_is_like() {
 /// > A class may name a subvolume group that does not exist: it is made with its first volume.
 #[tokio::test]
 async fn a_group_is_made_when_it_is_needed() {
-    let cluster = cluster!();
+    let Some(cluster) = Cluster::lab() else { return };
     let (_lab, mut client) = cluster.driver().await;
     // The least-privileged user has one group only.
     client.secrets[0] = cluster.admin_secret();
@@ -428,7 +428,7 @@ async fn a_group_is_made_when_it_is_needed() {
 /// > given to Berth. A plain directory is mounted, and never deleted.
 #[tokio::test]
 async fn static_volumes_are_used_and_left_alone() {
-    let cluster = cluster!();
+    let Some(cluster) = Cluster::lab() else { return };
     let (lab, mut client) = cluster.driver().await;
     let name = format!("handmade-{}", std::process::id());
     let group = ["--group_name", "csi"];
@@ -475,7 +475,7 @@ async fn static_volumes_are_used_and_left_alone() {
 /// > file system that does not exist is the user's mistake, with the names of those there are.
 #[tokio::test]
 async fn errors_say_what_to_do() {
-    let cluster = cluster!();
+    let Some(cluster) = Cluster::lab() else { return };
     let (lab, client) = cluster.driver().await;
     let mut poor = client.clone();
     let user = format!("client.poor-{}", std::process::id());
@@ -537,7 +537,7 @@ async fn errors_say_what_to_do() {
     assert_nothing_mounted(&lab.path(""));
     client.delete(&id).await.unwrap();
 
-    let mut lost = cluster.lab();
+    let mut lost = cluster.idle_lab();
     lost.config.clusters = Some("clusters:\n  - {name: main, monitors: ['v2:127.0.0.1:1']}".to_owned());
     lost.config.extra = "deadlines: {ceph: 2s}".to_owned();
     let mut unreachable = cluster.start(&mut lost).await;
@@ -554,7 +554,7 @@ async fn errors_say_what_to_do() {
 /// > A key goes to Ceph and nowhere else: not into a log, a command line, an environment, a volume's context or a file.
 #[tokio::test]
 async fn keys_leave_no_trace() {
-    let cluster = cluster!();
+    let Some(cluster) = Cluster::lab() else { return };
     let (lab, client) = cluster.driver().await;
     let volume = client.make_and_mount(&lab, "canary", 16 * MI, &shared()).await;
     let snapshot = client.snapshot(&volume.id, "canary").await.unwrap().snapshot_id;
@@ -611,7 +611,7 @@ async fn keys_leave_no_trace() {
 /// > Many calls for one name make one volume; calls for many names don't wait for each other.
 #[tokio::test]
 async fn parallel_creates_make_each_volume_once() {
-    let cluster = cluster!();
+    let Some(cluster) = Cluster::lab() else { return };
     let (_lab, client) = cluster.driver().await;
     let mut calls = tokio::task::JoinSet::new();
     for call in 0..40 {
@@ -644,7 +644,7 @@ async fn parallel_creates_make_each_volume_once() {
 /// > A list is read page by page, in order, each volume and snapshot once.
 #[tokio::test]
 async fn lists_are_read_by_pages() {
-    let cluster = cluster!();
+    let Some(cluster) = Cluster::lab() else { return };
     let (_lab, client) = cluster.driver().await;
     let mut ids = Vec::new();
     for name in 0..5 {
@@ -694,8 +694,8 @@ async fn lists_are_read_by_pages() {
 /// Every command to Ceph is counted and timed.
 #[tokio::test]
 async fn commands_to_ceph_are_counted() {
-    let cluster = cluster!();
-    let mut lab = cluster.lab();
+    let Some(cluster) = Cluster::lab() else { return };
+    let mut lab = cluster.idle_lab();
     lab.config.extra = "http: {address: '127.0.0.1:0'}".to_owned();
     let client = cluster.start(&mut lab).await;
     let id = client.create("counted", 16 * MI, &shared()).await;
@@ -721,7 +721,7 @@ async fn commands_to_ceph_are_counted() {
 /// A lab without a driver is not mistaken for one: the name of a volume is only taken apart where it is one.
 #[tokio::test]
 async fn foreign_ids_are_nobodys() {
-    let cluster = cluster!();
+    let Some(cluster) = Cluster::lab() else { return };
     let (lab, client): (Lab, Client) = cluster.driver().await;
     for id in ["fake", "main/cephfs/csi/vol-00000000000000000000000000000000", "main/cephfs/csi/none"] {
         client.delete(id).await.unwrap();

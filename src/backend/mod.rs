@@ -6,11 +6,13 @@
 //! compared, and a difference is `Conflict`. No back end knows another, gRPC, or the runtime.
 
 pub mod cephfs;
+mod finding;
 pub mod nvme;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+pub use self::finding::{Finding, Verdict};
 use crate::error::Result;
 use crate::host::mounts;
 use crate::secrets::Secrets;

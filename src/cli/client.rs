@@ -10,7 +10,7 @@ use anyhow::{Context, Result, anyhow, bail};
 use hyper_util::rt::TokioIo;
 use tokio::net::UnixStream;
 use tonic::transport::{Channel, Endpoint, Uri};
-use tonic::{Request, Status};
+use tonic::{Code, Request, Status};
 use tower::service_fn;
 
 use crate::proto::csi;
@@ -23,12 +23,14 @@ use crate::rpc::code_name;
 
 /// Kubelet's own limit; Berth answers before it.
 const CALL_LIMIT: Duration = Duration::from_secs(120);
+/// So many volumes are asked for at once.
+const PAGE: i32 = 200;
 
-/// One driver, with its controller and its node service.
+/// One driver, with its controller and, where it has one, its node service.
 pub(super) struct Client {
     pub(super) driver: String,
     controller: ControllerClient<Channel>,
-    node: NodeClient<Channel>,
+    node: Option<NodeClient<Channel>>,
     controller_can: HashSet<i32>,
     node_can: HashSet<i32>,
 }
@@ -71,10 +73,13 @@ pub(super) fn range(size: u64) -> Result<csi::CapacityRange> {
 }
 
 impl Client {
-    /// Connects, and asks who is there and what it can do.
-    pub(super) async fn connect(controller: &Path, node: &Path) -> Result<Self> {
+    /// Connects, and asks who is there and what it can do. Without a socket of the node service there is none.
+    pub(super) async fn connect(controller: &Path, node: Option<&Path>) -> Result<Self> {
         let to_controller = channel(controller).await?;
-        let to_node = if node == controller { to_controller.clone() } else { channel(node).await? };
+        let to_node = match node {
+            Some(node) if node != controller => Some(channel(node).await?),
+            node => node.map(|_| to_controller.clone()),
+        };
         let what = || format!("cannot ask the driver at {} who it is", controller.display());
         let mut identity = IdentityClient::new(to_controller.clone());
         let driver =
@@ -82,27 +87,33 @@ impl Client {
         let mut client = Self {
             driver,
             controller: ControllerClient::new(to_controller),
-            node: NodeClient::new(to_node),
+            node: to_node.map(NodeClient::new),
             controller_can: HashSet::new(),
             node_can: HashSet::new(),
         };
-        client.ask_capabilities(controller, node).await?;
+        client.ask_capabilities(controller).await?;
         Ok(client)
     }
 
-    async fn ask_capabilities(&mut self, controller: &Path, node: &Path) -> Result<()> {
+    async fn ask_capabilities(&mut self, controller: &Path) -> Result<()> {
         use csi::controller_service_capability::Type as ControllerType;
         use csi::node_service_capability::Type as NodeType;
-        let has = |service: &str, socket: &Path| format!("{} has no {service} service", socket.display());
         let request = csi::ControllerGetCapabilitiesRequest {};
         let reply = self.controller.controller_get_capabilities(request).await;
-        let reply = reply.map_err(refused(has("controller", controller) + ": name its socket with --socket"))?;
+        let what = format!("{} has no controller service: name its socket with --socket", controller.display());
+        let reply = reply.map_err(refused(what))?;
         let can = reply.into_inner().capabilities.into_iter().filter_map(|one| one.r#type);
         self.controller_can = can.map(|ControllerType::Rpc(rpc)| rpc.r#type).collect();
-        let reply = self.node.node_get_capabilities(csi::NodeGetCapabilitiesRequest {}).await;
-        let reply = reply.map_err(refused(has("node", node) + ": name its socket with --node-socket"))?;
-        let can = reply.into_inner().capabilities.into_iter().filter_map(|one| one.r#type);
-        self.node_can = can.map(|NodeType::Rpc(rpc)| rpc.r#type).collect();
+        let Some(node) = &mut self.node else { return Ok(()) };
+        match node.node_get_capabilities(csi::NodeGetCapabilitiesRequest {}).await {
+            Ok(reply) => {
+                let can = reply.into_inner().capabilities.into_iter().filter_map(|one| one.r#type);
+                self.node_can = can.map(|NodeType::Rpc(rpc)| rpc.r#type).collect();
+            }
+            // The controller is all that most commands need.
+            Err(status) if status.code() == Code::Unimplemented => self.node = None,
+            Err(status) => return Err(refused("cannot ask the node service what it can do".to_owned())(status)),
+        }
         Ok(())
     }
 
@@ -110,8 +121,9 @@ impl Client {
         self.controller.clone()
     }
 
-    pub(super) fn node(&self) -> NodeClient<Channel> {
-        self.node.clone()
+    pub(super) fn node(&self) -> Result<NodeClient<Channel>> {
+        let node = self.node.clone();
+        node.with_context(|| format!("{} has no node service there: name its socket with --node-socket", self.driver))
     }
 
     pub(super) fn controller_can(&self, what: ControllerCan) -> bool {
@@ -126,8 +138,8 @@ impl Client {
     pub(super) fn capability(&self, access: &Access) -> csi::VolumeCapability {
         use csi::volume_capability::access_mode::Mode;
         use csi::volume_capability::{AccessMode, AccessType, BlockVolume, MountVolume};
-        let knows =
-            self.controller_can(ControllerCan::SingleNodeMultiWriter) && self.node_can(NodeCan::SingleNodeMultiWriter);
+        let knows = self.controller_can(ControllerCan::SingleNodeMultiWriter)
+            && (self.node.is_none() || self.node_can(NodeCan::SingleNodeMultiWriter));
         let mode = if knows { Mode::SingleNodeMultiWriter } else { Mode::SingleNodeWriter };
         let access = match access {
             Access::Block => AccessType::Block(BlockVolume {}),
@@ -182,12 +194,12 @@ impl Client {
         Ok(reply.map_err(refused(format!("cannot ask for the health of {id}")))?.into_inner().volume_health)
     }
 
-    /// Every volume, page by page.
+    /// Every volume, page by page: a driver that asks its storage about each one takes a while for all of them.
     pub(super) async fn volumes(&self) -> Result<Vec<csi::Volume>> {
         let mut volumes = Vec::new();
         let mut token = String::new();
         loop {
-            let request = csi::ListVolumesRequest { max_entries: 0, starting_token: token };
+            let request = csi::ListVolumesRequest { max_entries: PAGE, starting_token: token };
             let reply = self.controller().list_volumes(limited(request)).await;
             let reply = reply.map_err(refused("cannot list the volumes".to_owned()))?.into_inner();
             volumes.extend(reply.entries.into_iter().filter_map(|entry| entry.volume));

@@ -51,6 +51,8 @@ impl Kubelet<'_> {
 
     /// NodeStageVolume and NodePublishVolume; the path that it is at. What was half done is undone.
     pub(super) async fn mount(&self, id: &str, target: &Path, access: &Access, read_only: bool) -> Result<PathBuf> {
+        // Before anything is made.
+        self.client.node()?;
         let volume = self.client.volume(id).await?;
         let (target, staging) = (absolute(target)?, self.staging_path(id));
         for path in [&target, &staging] {
@@ -88,7 +90,7 @@ impl Kubelet<'_> {
                 volume_context: volume.volume_context.clone(),
                 ..csi::NodeStageVolumeRequest::default()
             };
-            let staged = self.client.node().node_stage_volume(limited(request.clone())).await;
+            let staged = self.client.node()?.node_stage_volume(limited(request.clone())).await;
             staged.map_err(refused(format!("cannot stage {id}")))?;
             request.staging_target_path
         } else {
@@ -103,7 +105,7 @@ impl Kubelet<'_> {
             volume_context: volume.volume_context,
             ..csi::NodePublishVolumeRequest::default()
         };
-        let published = self.client.node().node_publish_volume(limited(request)).await;
+        let published = self.client.node()?.node_publish_volume(limited(request)).await;
         published.map(drop).map_err(refused(format!("cannot mount {id} at {}", target.display())))
     }
 
@@ -113,7 +115,7 @@ impl Kubelet<'_> {
             volume_id: id.to_owned(),
             target_path: text("target path", target)?.to_owned(),
         };
-        let gone = self.client.node().node_unpublish_volume(limited(request)).await;
+        let gone = self.client.node()?.node_unpublish_volume(limited(request)).await;
         gone.map_err(refused(format!("cannot unmount {id} from {}", target.display())))?;
         if self.published(id)?.is_empty() { self.unstage(id).await } else { Ok(()) }
     }
@@ -126,7 +128,7 @@ impl Kubelet<'_> {
                 volume_id: id.to_owned(),
                 staging_target_path: text("staging path", &staging)?.to_owned(),
             };
-            let gone = self.client.node().node_unstage_volume(limited(request)).await;
+            let gone = self.client.node()?.node_unstage_volume(limited(request)).await;
             gone.map_err(refused(format!("cannot unstage {id}")))?;
         }
         for folder in staging.ancestors().take_while(|folder| *folder != self.staging) {
@@ -139,6 +141,7 @@ impl Kubelet<'_> {
     /// Grows a volume that is mounted at `target` to at least `size` bytes; its size afterwards.
     pub(super) async fn grow(&self, id: &str, target: &Path, size: u64) -> Result<u64> {
         let what = format!("cannot grow {id}");
+        self.client.node()?;
         let access = if target.is_dir() {
             Access::Mount { filesystem: String::new(), options: Vec::new() }
         } else {
@@ -174,7 +177,7 @@ impl Kubelet<'_> {
                 volume_capability: Some(capability),
                 ..csi::NodeExpandVolumeRequest::default()
             };
-            let reply = self.client.node().node_expand_volume(limited(request)).await;
+            let reply = self.client.node()?.node_expand_volume(limited(request)).await;
             grown = reply.map_err(refused(what))?.into_inner().capacity_bytes;
         }
         Ok(u64::try_from(grown).unwrap_or_default().max(size))

@@ -1,7 +1,9 @@
 //! The commands that a person types.
 
 mod client;
+pub mod doctor;
 mod kubelet;
+mod orphans;
 pub mod quickstart;
 pub mod serve;
 mod table;
@@ -33,6 +35,8 @@ pub enum Command {
     /// Look at a configuration file.
     #[command(subcommand)]
     Config(ConfigCommand),
+    /// Look at the clusters, users and pools of a configuration file; exit 1 if anything is wrong.
+    Doctor(doctor::DoctorArguments),
     /// Make, mount, grow and delete volumes by hand, over a driver's socket.
     Volume(volume::VolumeArguments),
     /// See all of it work on this machine, without Kubernetes, and take it away again. Needs root.

@@ -115,7 +115,20 @@ pub(super) fn problems(health: csi::VolumeHealth) -> Vec<ProblemView> {
 impl VolumeView {
     /// What its maker called it, where the driver's context says so.
     pub(super) fn name(&self) -> &str {
-        self.context.get("name").map_or("", String::as_str)
+        self.told("name")
+    }
+
+    /// Whom it was made for, likewise: `namespace/claim`, or nothing.
+    pub(super) fn claim(&self) -> String {
+        match (self.told("namespace"), self.told("claim")) {
+            ("", claim) => claim.to_owned(),
+            (namespace, claim) => format!("{namespace}/{claim}"),
+        }
+    }
+
+    /// What the driver's context says under a key, or nothing.
+    pub(super) fn told(&self, key: &str) -> &str {
+        self.context.get(key).map_or("", String::as_str)
     }
 
     /// `snapshot snap-1`, `volume vol-1`, or nothing.
@@ -156,9 +169,9 @@ fn trimmed(table: &Table) -> String {
 pub(super) fn volumes(views: &[VolumeView]) -> String {
     let row = |view: &VolumeView| {
         let size = format_bytes(view.size);
-        [view.id.clone(), view.name().to_owned(), size, where_text(&view.places), view.made_from()]
+        [view.id.clone(), view.name().to_owned(), view.claim(), size, where_text(&view.places), view.made_from()]
     };
-    columns(["ID", "NAME", "SIZE", "WHERE", "MADE FROM"], views.iter().map(row))
+    columns(["ID", "NAME", "CLAIM", "SIZE", "WHERE", "MADE FROM"], views.iter().map(row))
 }
 
 /// Snapshots as a table.
@@ -182,7 +195,9 @@ mod tests {
         csi::Volume {
             volume_id: "vol-1".to_owned(),
             capacity_bytes: 10 << 30,
-            volume_context: [("name".to_owned(), "data".to_owned()), ("a".to_owned(), "1".to_owned())].into(),
+            volume_context: [("name", "data"), ("a", "1"), ("claim", "c"), ("namespace", "ml")]
+                .map(|(key, value)| (key.to_owned(), value.to_owned()))
+                .into(),
             content_source: Some(csi::VolumeContentSource { r#type: Some(source) }),
             accessible_topology: vec![csi::Topology { segments: [("node".to_owned(), "n1".to_owned())].into() }],
         }
@@ -191,7 +206,7 @@ mod tests {
     #[test]
     fn a_program_gets_stable_keys_and_sizes_in_bytes() {
         let json = serde_json::to_string(&VolumeView::from(volume())).unwrap();
-        let wanted = r#"{"id":"vol-1","size":10737418240,"source":{"snapshot":"snap-1"},"context":{"a":"1","name":"data"},"places":[{"node":"n1"}]}"#;
+        let wanted = r#"{"id":"vol-1","size":10737418240,"source":{"snapshot":"snap-1"},"context":{"a":"1","claim":"c","name":"data","namespace":"ml"},"places":[{"node":"n1"}]}"#;
         assert_eq!(json, wanted);
         let snapshot = csi::Snapshot {
             snapshot_id: "snap-1".to_owned(),
@@ -209,7 +224,7 @@ mod tests {
     #[test]
     fn a_person_gets_aligned_columns_and_sizes_with_units() {
         let text = volumes(&[volume().into()]);
-        let wanted = "ID     NAME  SIZE  WHERE  MADE FROM\nvol-1  data  10Gi  n1     snapshot snap-1";
+        let wanted = "ID     NAME  CLAIM  SIZE  WHERE  MADE FROM\nvol-1  data  ml/c   10Gi  n1     snapshot snap-1";
         assert_eq!(text, wanted);
         assert_eq!(where_text(&[]), "anywhere");
     }

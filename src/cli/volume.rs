@@ -10,6 +10,7 @@ use serde_json::json;
 
 use super::client::{Access, Client, Origin, Wish};
 use super::kubelet::{Kubelet, STAGING, absolute};
+use super::orphans::{self, Orphans};
 use super::table::{self, Answer, SnapshotView, VolumeView, columns};
 use crate::config::Config;
 use crate::volume::{format_bytes, parse_bytes};
@@ -59,6 +60,8 @@ pub enum VolumeCommand {
         #[arg(long)]
         snapshots: bool,
     },
+    /// List, or delete, the volumes that no PersistentVolume stands for.
+    Orphans(Orphans),
     /// Show one volume and what is wrong with it.
     Show {
         /// The volume's id, or the name that it was made with.
@@ -159,20 +162,23 @@ fn parameter(text: &str) -> Result<(String, String), String> {
 /// When no driver is named or it can't be reached, and what the driver refuses, with its gRPC code.
 pub async fn run(arguments: VolumeArguments) -> Result<()> {
     let (controller, node) = arguments.connection.sockets()?;
-    let client = Client::connect(&controller, &node).await?;
+    let client = Client::connect(&controller, node.as_deref()).await?;
     let staging = std::path::absolute(&arguments.connection.staging).context("cannot find the staging directory")?;
     let kubelet = Kubelet { client: &client, staging: &staging };
-    let answer = answer(&kubelet, arguments.command).await?;
+    let answer = match arguments.command {
+        VolumeCommand::Orphans(command) => return orphans::run(&client, &command, arguments.json).await,
+        command => answer(&kubelet, command).await?,
+    };
     let text = if arguments.json { serde_json::to_string_pretty(&answer.json)? } else { answer.text };
     super::say(&text);
     Ok(())
 }
 
 impl Connection {
-    /// The sockets of the controller and of the node service.
-    fn sockets(&self) -> Result<(PathBuf, PathBuf)> {
+    /// The sockets of the controller and of the node service, where there is one.
+    fn sockets(&self) -> Result<(PathBuf, Option<PathBuf>)> {
         match (&self.socket, &self.config) {
-            (Some(socket), _) => Ok((socket.clone(), self.node_socket.as_ref().unwrap_or(socket).clone())),
+            (Some(socket), _) => Ok((socket.clone(), Some(self.node_socket.as_ref().unwrap_or(socket).clone()))),
             (None, Some(file)) => sockets_of(&Config::load(file)?, self.driver.as_deref())
                 .with_context(|| format!("cannot find a driver's sockets in {}", file.display())),
             (None, None) => bail!("cannot reach a driver: name its --socket, or its --config file"),
@@ -180,7 +186,7 @@ impl Connection {
     }
 }
 
-fn sockets_of(config: &Config, name: Option<&str>) -> Result<(PathBuf, PathBuf)> {
+fn sockets_of(config: &Config, name: Option<&str>) -> Result<(PathBuf, Option<PathBuf>)> {
     let names: Vec<_> = config.drivers.iter().map(|driver| driver.name.as_str()).collect();
     let name = name.or(names.first().copied()).unwrap_or_default();
     if !names.contains(&name) {
@@ -189,10 +195,9 @@ fn sockets_of(config: &Config, name: Option<&str>) -> Result<(PathBuf, PathBuf)>
     let of_name = || config.drivers.iter().filter(|driver| driver.name == name);
     let controller = of_name().find(|driver| driver.role.has_controller());
     let node = of_name().find(|driver| driver.role.has_node());
-    match (controller, node) {
-        (Some(controller), Some(node)) => Ok((controller.socket.clone(), node.socket.clone())),
-        (None, _) => bail!("{name} has no controller in it: name both sockets with --socket and --node-socket"),
-        (_, None) => bail!("{name} has no node service in it: name both sockets with --socket and --node-socket"),
+    match controller {
+        Some(controller) => Ok((controller.socket.clone(), node.map(|node| node.socket.clone()))),
+        None => bail!("{name} has no controller in it: name both sockets with --socket and --node-socket"),
     }
 }
 
@@ -203,6 +208,7 @@ async fn answer(kubelet: &Kubelet<'_>, command: VolumeCommand) -> Result<Answer>
             let view = VolumeView::from(client.create(&create.into()).await?);
             Answer { json: json!(view), text: table::volumes(&[view]) }
         }
+        VolumeCommand::Orphans(_) => bail!("orphans are listed elsewhere"),
         VolumeCommand::List { snapshots: false } => {
             let views: Vec<_> = client.volumes().await?.into_iter().map(VolumeView::from).collect();
             Answer { json: json!({ "volumes": views }), text: table::volumes(&views) }
@@ -322,12 +328,14 @@ drivers:
   - {backend: nvme, role: controller, socket: /run/c}
   - {backend: nvme, role: node, socket: /run/n}
   - {backend: nvme, name: two.berth.dev, socket: /run/two}
-  - {backend: nvme, name: half.berth.dev, role: node, socket: /run/half}";
+  - {backend: nvme, name: half.berth.dev, role: node, socket: /run/half}
+  - {backend: nvme, name: other.berth.dev, role: controller, socket: /run/other}";
         let config = Config::parse(text, &|_| None).unwrap();
-        let sockets = |name| sockets_of(&config, name).map(|(a, b)| (a.display().to_string(), b.display().to_string()));
-        let pair = |a: &str, b: &str| (a.to_owned(), b.to_owned());
+        let sockets = |name| sockets_of(&config, name);
+        let pair = |a: &str, b: &str| (PathBuf::from(a), Some(PathBuf::from(b)));
         assert_eq!(sockets(None).unwrap(), pair("/run/c", "/run/n"));
         assert_eq!(sockets(Some("two.berth.dev")).unwrap(), pair("/run/two", "/run/two"));
+        assert_eq!(sockets(Some("other.berth.dev")).unwrap(), (PathBuf::from("/run/other"), None));
         assert!(sockets(Some("half.berth.dev")).unwrap_err().to_string().contains("no controller"));
         assert!(sockets(Some("x")).unwrap_err().to_string().contains("it has: nvme.csi.berth.dev"));
     }

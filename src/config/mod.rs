@@ -115,7 +115,7 @@ pub struct Cluster {
 }
 
 /// A Ceph user.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Account {
     /// Without `client.`.
     pub user: String,

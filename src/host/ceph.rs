@@ -3,6 +3,7 @@
 //! The key goes to the kernel by fsconfig(2), which nobody else can read, and into no message.
 
 mod failure;
+mod greeting;
 mod shown;
 
 use std::net::SocketAddr;
@@ -14,6 +15,7 @@ use std::time::{Duration, Instant};
 use rustix::io::Errno;
 use rustix::mount::{FsOpenFlags, MountAttrFlags};
 
+pub use self::greeting::{Protocol, greeting};
 pub use self::shown::{FUSE_TAG, Shown};
 use super::filesystem::{self, Attribute};
 use super::{mounts, paths};

@@ -12,7 +12,7 @@ use rustix::process::{Pid, PidfdFlags, Signal};
 
 use crate::error::{Context, Error, ErrorKind, Result};
 
-/// So much of what a program says goes into an error message, in bytes, from the end.
+/// So much of what a program says is kept, in bytes, from the end.
 const OUTPUT_LIMIT: usize = 2000;
 
 /// Runs a program to its end. Its output is returned only in the error, where it helps.
@@ -23,6 +23,14 @@ const OUTPUT_LIMIT: usize = 2000;
 /// `Internal` when it can't be started or fails, with the last of its output; `OutcomeUnknown` when it was still
 /// running at the deadline. It has been killed *and is gone* by then: the caller may go on with what it had open.
 pub fn run<A: AsRef<OsStr>>(program: &str, arguments: &[A], deadline: Duration) -> Result<()> {
+    output(program, arguments, deadline).map(drop)
+}
+
+/// Runs a program to its end, as [`run`] does, and returns the end of what it printed.
+///
+/// # Errors
+/// As for [`run`].
+pub fn output<A: AsRef<OsStr>>(program: &str, arguments: &[A], deadline: Duration) -> Result<String> {
     run_as(program, arguments, deadline, || {
         rustix::process::setpgid(None, None)?;
         Ok(rustix::process::set_parent_process_death_signal(Some(Signal::KILL))?)
@@ -56,6 +64,7 @@ pub fn launch<A: AsRef<OsStr>>(
         }
         Ok(())
     })
+    .map(drop)
 }
 
 fn run_as<A: AsRef<OsStr>>(
@@ -63,7 +72,7 @@ fn run_as<A: AsRef<OsStr>>(
     arguments: &[A],
     deadline: Duration,
     prepare: impl FnMut() -> std::io::Result<()> + Send + Sync + 'static,
-) -> Result<()> {
+) -> Result<String> {
     let end = Instant::now() + deadline;
     let output = rustix::fs::memfd_create(program, rustix::fs::MemfdFlags::CLOEXEC)
         .context(|| format!("cannot keep the output of {program}"))?;
@@ -104,12 +113,13 @@ fn run_as<A: AsRef<OsStr>>(
             format!("{program} did not end within {deadline:?} and was killed"),
         ));
     }
-    if status.success() {
-        return Ok(());
-    }
     let mut said = Vec::new();
     let _ = output.rewind().and_then(|()| output.read_to_end(&mut said));
-    let said = String::from_utf8_lossy(&said[said.len().saturating_sub(OUTPUT_LIMIT)..]).trim().replace('\n', " | ");
+    let said = String::from_utf8_lossy(&said[said.len().saturating_sub(OUTPUT_LIMIT)..]).trim().to_owned();
+    if status.success() {
+        return Ok(said);
+    }
+    let said = said.replace('\n', " | ");
     Err(Error::new(ErrorKind::Internal, format!("{program} failed ({status}): {said}")))
 }
 
@@ -120,6 +130,7 @@ mod tests {
     #[test]
     fn a_program_that_fails_tells_why_and_one_that_hangs_is_gone_at_the_deadline() {
         run("true", &[""; 0], Duration::from_secs(10)).unwrap();
+        assert_eq!(output("echo", &["a word"], Duration::from_secs(10)).unwrap(), "a word");
         let error = run("ls", &["/no/such/place"], Duration::from_secs(10)).unwrap_err();
         assert!(error.to_string().contains("/no/such/place"), "{error}");
         let begun = Instant::now();

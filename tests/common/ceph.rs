@@ -3,9 +3,10 @@
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
-use std::sync::{RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use std::time::{Duration, Instant};
 
+use rustix::process::{Pid, Signal};
 use serde_json::Value;
 
 use super::{Client, Lab, mounts_below, run};
@@ -27,46 +28,47 @@ enum Held {
     Alone(RwLockWriteGuard<'static, ()>),
 }
 
-/// The cluster of the tests, or a line that says why there is none.
-#[macro_export]
-macro_rules! cluster {
-    () => {
-        $crate::cluster!($crate::common::ceph::Cluster::shared("BERTH_LAB"))
-    };
-    ($found:expr) => {
-        match $found {
-            Some(cluster) => cluster,
-            None => {
-                println!("SKIPPED {}: no Ceph cluster; scripts/test.sh starts one", module_path!());
-                return;
-            }
-        }
-    };
+/// A user that is gone with the value, and the file that has its key.
+pub struct User<'a> {
+    pub name: String,
+    pub key_file: PathBuf,
+    cluster: &'a Cluster,
 }
 
 impl Cluster {
-    /// `BERTH_LAB` or `BERTH_LAB_B`.
-    pub fn shared(variable: &str) -> Option<Self> {
-        let held = CLUSTERS.read().unwrap_or_else(std::sync::PoisonError::into_inner);
-        Self::open(variable, Held::Shared(held))
+    /// The cluster of the tests. Says why, and is `None`, where there is none.
+    pub fn lab() -> Option<Self> {
+        let held = CLUSTERS.read().unwrap_or_else(PoisonError::into_inner);
+        Self::open("BERTH_LAB", Held::Shared(held))
     }
 
-    /// The same cluster, to be broken.
+    /// The other one.
+    pub fn lab_b() -> Option<Self> {
+        let held = CLUSTERS.read().unwrap_or_else(PoisonError::into_inner);
+        Self::open("BERTH_LAB_B", Held::Shared(held))
+    }
+
+    /// The cluster of the tests, to be broken.
     pub fn alone() -> Option<Self> {
-        let held = CLUSTERS.write().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let held = CLUSTERS.write().unwrap_or_else(PoisonError::into_inner);
         Self::open("BERTH_LAB", Held::Alone(held))
     }
 
     fn open(variable: &str, held: Held) -> Option<Self> {
-        let dir = PathBuf::from(std::env::var_os(variable)?);
+        let Some(dir) = std::env::var_os(variable) else {
+            println!("SKIPPED {}: no Ceph cluster in ${variable}; scripts/test.sh starts one", module_path!());
+            return None;
+        };
+        let dir = PathBuf::from(dir);
         let text = std::fs::read_to_string(dir.join("env")).unwrap();
-        let words = text.lines().filter_map(|line| line.strip_prefix("export ")?.split_once('='));
+        let words = text.lines().filter_map(|line| line.strip_prefix("export BERTH_LAB_")?.split_once('='));
         let env = words.map(|(key, value)| (key.to_owned(), value.to_owned())).collect();
         Some(Self { dir, env, held })
     }
 
+    /// A value of the lab's `env`, without the prefix: `MONITORS`, `PROVISIONER_KEY`.
     pub fn get(&self, key: &str) -> &str {
-        &self.env[&format!("BERTH_LAB_{key}")]
+        &self.env[key]
     }
 
     pub fn monitors(&self) -> String {
@@ -82,6 +84,25 @@ impl Cluster {
         )
     }
 
+    /// A cluster of the configuration, called `main`, and whatever else it has.
+    pub fn configured(&self, more: &str) -> String {
+        format!("{{name: main, monitors: {}, {more}}}", self.monitors())
+    }
+
+    /// `PROVISIONER` or `NODE`.
+    pub fn key_file(&self, user: &str) -> PathBuf {
+        self.dir.join(format!("{}.key", user.to_lowercase()))
+    }
+
+    /// A user with these capabilities.
+    pub fn user(&self, name: &str, capabilities: &[&str]) -> User<'_> {
+        let entity = format!("client.{name}");
+        self.ceph(&[&["auth", "get-or-create", &entity][..], capabilities].concat());
+        let key_file = self.dir.join(format!("{name}.key"));
+        std::fs::write(&key_file, self.ceph(&["auth", "get-key", &entity])).unwrap();
+        User { name: name.to_owned(), key_file, cluster: self }
+    }
+
     pub fn secret(&self, who: &str) -> HashMap<String, String> {
         let pairs = [("userID", self.get(&format!("{who}_USER"))), ("userKey", self.get(&format!("{who}_KEY")))];
         pairs.map(|(key, value)| (key.to_owned(), value.to_owned())).into()
@@ -92,7 +113,7 @@ impl Cluster {
     }
 
     /// A lab whose driver is not started yet.
-    pub fn lab(&self) -> Lab {
+    pub fn idle_lab(&self) -> Lab {
         let mut lab = Lab::bare();
         lab.config.clusters = Some(format!("clusters:\n{}", self.entry("main", "csi")));
         lab
@@ -106,16 +127,15 @@ impl Cluster {
 
     /// A driver on this cluster.
     pub async fn driver(&self) -> (Lab, Client) {
-        let mut lab = self.lab();
+        let mut lab = self.idle_lab();
         let client = self.start(&mut lab).await;
         (lab, client)
     }
 
     /// The administrator's `ceph`.
     pub fn ceph(&self, arguments: &[&str]) -> String {
-        let mut all = vec!["--conf", self.get("CONF")];
-        all.extend(arguments);
-        run("ceph", &all)
+        let all = ["60", "ceph", "--conf", self.get("CONF")];
+        run("timeout", &[&all[..], arguments].concat())
     }
 
     pub fn json(&self, arguments: &[&str]) -> Value {
@@ -144,13 +164,14 @@ impl Cluster {
         serde_json::from_str(all["berth"].as_str().unwrap()).unwrap()
     }
 
-    pub fn pid(&self, daemon: &str) -> i32 {
-        std::fs::read_to_string(self.dir.join(format!("run/{daemon}.pid"))).unwrap().trim().parse().unwrap()
+    /// The pid of a daemon: `mgr.x`.
+    pub fn pid(&self, daemon: &str) -> Pid {
+        let text = std::fs::read_to_string(self.dir.join(format!("run/{daemon}.pid"))).unwrap();
+        Pid::from_raw(text.trim().parse().unwrap()).unwrap()
     }
 
-    pub fn signal(&self, daemon: &str, signal: rustix::process::Signal) {
-        let pid = rustix::process::Pid::from_raw(self.pid(daemon)).unwrap();
-        rustix::process::kill_process(pid, signal).unwrap();
+    pub fn signal(&self, daemon: &str, signal: Signal) {
+        rustix::process::kill_process(self.pid(daemon), signal).unwrap();
     }
 
     /// Kills a daemon and starts it again on its data.
@@ -195,6 +216,23 @@ impl Cluster {
         for id in ids {
             self.ceph(&["tell", "mds.a", "session", "evict", &format!("id={id}")]);
         }
+    }
+}
+
+impl User<'_> {
+    pub fn key_file(&self) -> &str {
+        self.key_file.to_str().unwrap()
+    }
+}
+
+impl Drop for User<'_> {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_file(&self.key_file);
+        let entity = format!("client.{}", self.name);
+        // Its success is not asserted: this may be the end of a test that has failed.
+        let _ = Command::new("timeout")
+            .args(["20", "ceph", "--conf", self.cluster.get("CONF"), "auth", "rm", &entity])
+            .output();
     }
 }
 

@@ -426,7 +426,7 @@ fn fullness(info: &Info) -> Vec<HealthProblem> {
 }
 
 /// Is there nobody who serves the file system?
-fn without_mds(group: &Group<'_>) -> Result<Option<HealthProblem>> {
+pub(super) fn without_mds(group: &Group<'_>) -> Result<Option<HealthProblem>> {
     let map = group.monitor("fs dump")?;
     let filesystems = map.get("filesystems").and_then(Value::as_array).into_iter().flatten();
     let name = |filesystem: &Value| filesystem.pointer("/mdsmap/fs_name").and_then(Value::as_str).map(str::to_owned);

@@ -8,6 +8,7 @@
 mod control;
 mod controller;
 mod copies;
+pub mod doctor;
 mod group;
 mod mount;
 mod names;
@@ -127,10 +128,14 @@ impl Account {
                 cluster.name
             );
         };
-        let file = &configured.key_file;
+        Self::configured(configured)
+    }
+
+    fn configured(account: &config::Account) -> Result<Self> {
+        let file = &account.key_file;
         let key = std::fs::read_to_string(file)
-            .context(|| format!("cannot read the key of client.{} in {}", configured.user, file.display()))?;
-        Self::new(&configured.user, key.trim())
+            .context(|| format!("cannot read the key of client.{} in {}", account.user, file.display()))?;
+        Self::new(&account.user, key.trim())
     }
 
     /// `userID` and `userKey`; `adminID` and `adminKey` are ceph-csi's older names.

@@ -8,6 +8,7 @@
 mod checkpoint;
 mod controller;
 mod descriptor;
+pub mod doctor;
 mod ephemeral;
 mod mkfs;
 mod node;

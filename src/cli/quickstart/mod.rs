@@ -165,7 +165,7 @@ fn is_empty(folder: &Path) -> bool {
 }
 
 async fn delete_all(work: &Work) -> Result<()> {
-    let client = Client::connect(&work.socket(), &work.socket()).await?;
+    let client = Client::connect(&work.socket(), Some(&work.socket())).await?;
     let staging = work.staging();
     let kubelet = Kubelet { client: &client, staging: &staging };
     for volume in client.volumes().await? {

@@ -25,7 +25,7 @@ pub(super) async fn run(report: &mut Report, state: &mut State, work: &Work, siz
     let client = report
         .step("start the driver", async {
             Driver::start(state, work)?.ready(work).await?;
-            let client = Client::connect(&work.socket(), &work.socket()).await?;
+            let client = Client::connect(&work.socket(), Some(&work.socket())).await?;
             let name = client.driver.clone();
             Ok((client, name))
         })
