@@ -24,7 +24,7 @@ commands=(
   'fs subvolume resize' 'fs subvolume pin' 'fs subvolume metadata set' 'fs subvolume metadata get'
   'fs subvolume snapshot create' 'fs subvolume snapshot info' 'fs subvolume snapshot ls' 'fs subvolume snapshot rm'
   'fs subvolume snapshot metadata set' 'fs subvolume snapshot metadata get'
-  'fs subvolume snapshot metadata ls' 'fs subvolume snapshot metadata rm'
+  'fs subvolume snapshot metadata ls'
   'fs clone status' 'fs clone cancel'
 )
 within="vol_name=$filesystem group_name=$group"

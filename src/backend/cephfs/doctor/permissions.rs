@@ -12,7 +12,7 @@ use crate::host::librados::Target;
 
 /// A group, and a file system, that nobody has.
 const NOWHERE: &str = "berth-doctor-nowhere";
-/// Ceph refuses such a mode before it makes or changes anything (16 to 20 were looked at).
+/// Ceph refuses such a mode before it makes or changes anything.
 const NO_MODE: (&str, &str) = ("mode", "9");
 /// Its capability names the group of the target too.
 const CLONE: &str = "fs subvolume snapshot clone";
@@ -43,7 +43,6 @@ const NEEDED: [Probe; 21] = [
     ),
     ("fs subvolume snapshot metadata get", Some("sub_name"), &[("snap_name", "none"), ("key_name", "none")]),
     ("fs subvolume snapshot metadata ls", Some("sub_name"), &[("snap_name", "none")]),
-    ("fs subvolume snapshot metadata rm", Some("sub_name"), &[("snap_name", "none"), ("key_name", "none")]),
     ("fs clone status", Some("clone_name"), &[]),
     ("fs clone cancel", Some("clone_name"), &[]),
     (CLONE, Some("sub_name"), &[("snap_name", "none"), ("target_sub_name", "none")]),
