@@ -21,7 +21,7 @@ const CLONE: &str = "fs subvolume snapshot clone";
 type Probe = (&'static str, Option<&'static str>, &'static [(&'static str, &'static str)]);
 
 /// Every command that the controller uses, in the order of `deploy/cephfs/users.sh`.
-const NEEDED: [Probe; 21] = [
+const NEEDED: [Probe; 20] = [
     ("fs subvolumegroup create", None, &[NO_MODE]),
     ("fs subvolume create", Some("sub_name"), &[NO_MODE]),
     ("fs subvolume info", Some("sub_name"), &[]),
