@@ -83,7 +83,7 @@ fn the_users_that_are_made_for_berth_may_do_all_that_is_needed_and_no_more() {
         ceph.get("FSID"),
         "(mon, mgr, mds)",
         "an MDS of it is active",
-        "client.berth-provisioner may use the 21 commands",
+        "client.berth-provisioner may use the 20 commands",
         "client.berth-provisioner may do no more than it needs",
         "client.berth-node may do no more than it needs",
     ] {
@@ -95,7 +95,7 @@ fn the_users_that_are_made_for_berth_may_do_all_that_is_needed_and_no_more() {
     let same = ["--provisioner", ceph.get("PROVISIONER_USER"), "--provisioner-key-file", key.to_str().unwrap()];
     let (out, _) = berth(&[&["doctor", "--config", file.to_str().unwrap()][..], &same].concat(), 0);
     assert!(out.starts_with("RESULT  WHERE") && out.contains("\nok      main "), "{out}");
-    assert_eq!(out.matches("may use the 21 commands").count(), 1, "{out}");
+    assert_eq!(out.matches("may use the 20 commands").count(), 1, "{out}");
 }
 
 #[test]
@@ -127,7 +127,7 @@ fn a_capability_that_is_missing_is_named_as_it_has_to_be_granted() {
     }
     let user = ceph.user("doctor-none", &["mon", "allow r"]);
     let config = Config::of(&ceph.configured(&account("doctor-none", &user.key_file)));
-    assert_one(&bad(&config.findings(&[], 1)), &["wrong main/cephfs/csi", "may use none of the 21 commands"]);
+    assert_one(&bad(&config.findings(&[], 1)), &["wrong main/cephfs/csi", "may use none of the 20 commands"]);
 }
 
 #[test]
@@ -181,7 +181,7 @@ fn a_look_changes_nothing_whatever_the_user_may_do() {
     };
     let before = state();
     let findings = config.findings(&["--node", &user.name, "--node-key-file", user.key_file()], 0);
-    assert_eq!(findings.iter().filter(|line| line.contains("may use the 21 commands")).count(), 2, "{findings:#?}");
+    assert_eq!(findings.iter().filter(|line| line.contains("may use the 20 commands")).count(), 2, "{findings:#?}");
     assert_eq!(state(), before);
     assert!(!before.2.contains("doctor-absent"));
     ceph.ceph(&["fs", "subvolumegroup", "rm", "cephfs", "doctor-there"]);
