@@ -52,7 +52,7 @@ part check make --no-print-directory check
 part build cargo build --tests --quiet
 start_labs >"$log/labs" 2>&1
 cat "$log/labs"
-part integration cargo test --quiet --test '*' -- --show-output
+part integration cargo test --quiet --no-fail-fast --test '*' -- --show-output
 end_labs
 unset BERTH_LAB BERTH_LAB_B # tests stop its daemons: csi-sanity starts one of its own
 if [ "$(id -u)" = 0 ]; then

@@ -254,13 +254,22 @@ pub fn fuse_at(path: &str) -> Option<i32> {
     None
 }
 
-/// No ceph-fuse serves anything below this directory, and nothing is mounted there.
+/// Nothing is mounted below this directory, and no ceph-fuse serves anything there.
 pub fn assert_nothing_mounted(dir: &Path) {
     assert_eq!(mounts_below(dir), Vec::<String>::new());
+    assert_eq!(fuses_below(dir), Vec::<i32>::new());
+}
+
+/// The ceph-fuse processes that serve something below this directory.
+pub fn fuses_below(dir: &Path) -> Vec<i32> {
+    let mut found = Vec::new();
     for process in procfs::process::all_processes().unwrap().flatten() {
         let line = process.cmdline().unwrap_or_default();
-        let serves = line.first().is_some_and(|program| program == "ceph-fuse")
-            && line.last().is_some_and(|place| Path::new(place).starts_with(dir));
-        assert!(!serves, "{line:?}");
+        if line.first().is_some_and(|program| program == "ceph-fuse")
+            && line.last().is_some_and(|place| Path::new(place).starts_with(dir))
+        {
+            found.push(process.pid);
+        }
     }
+    found
 }

@@ -245,6 +245,10 @@ impl Drop for Lab {
                 let _ = Command::new("umount").arg(mount).stderr(Stdio::null()).status();
             }
         }
+        // One that waits for a metadata server that does not answer would wait for long.
+        for pid in ceph::fuses_below(self.dir.path()).into_iter().filter_map(rustix::process::Pid::from_raw) {
+            let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
+        }
         for device in loops_below(self.dir.path()) {
             for view in loops_below(Path::new(&device)) {
                 let _ = Command::new("losetup").args(["-d", &view]).status();

@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 
 use super::Cephfs;
 use super::control::{Ceph, Connector, Control};
-use crate::backend::{Controller, Growth};
+use crate::backend::{Cloning, Controller, Growth, Snapshots};
 use crate::config::Config;
 use crate::error::ErrorKind;
 use crate::host::Errno;
@@ -24,6 +24,10 @@ const DEADLINE: Duration = Duration::from_millis(200);
 #[derive(Default)]
 struct Double {
     subvolumes: Mutex<BTreeMap<String, Value>>,
+    /// Of each subvolume, those of its snapshots.
+    snapshots: Mutex<BTreeMap<String, BTreeMap<String, BTreeMap<String, String>>>>,
+    /// Before this command everything ends; 0: never.
+    dies_before: AtomicUsize,
     faults: Mutex<BTreeMap<&'static str, Fault>>,
     connections: AtomicUsize,
     commands: Mutex<Vec<String>>,
@@ -68,7 +72,15 @@ impl Ceph for Handle {
         let command: Value = serde_json::from_str(command).unwrap();
         let text = |key: &str| command[key].as_str().unwrap_or_default().to_owned();
         let prefix = text("prefix");
-        self.0.commands.lock().unwrap().push(prefix.clone());
+        {
+            let mut commands = self.0.commands.lock().unwrap();
+            commands.push(prefix.clone());
+            // Whoever is dead sends nothing more.
+            let dies_before = self.0.dies_before.load(Ordering::SeqCst);
+            if dies_before > 0 && commands.len() >= dies_before {
+                return Err(Failure { errno: Errno::IO, message: "dead".to_owned() });
+            }
+        }
         let fault = self.0.faults.lock().unwrap().remove(prefix.as_str());
         match fault {
             Some(Fault::Refuse(errno, message)) => return Err(Failure { errno, message: message.to_owned() }),
@@ -86,6 +98,9 @@ impl Ceph for Handle {
             "mon dump" => json!({"mons": [{"public_addrs": {"addrvec": [{"type": "v2", "addr": "10.0.0.1:3300"}]}}]}),
             "fs ls" => json!([{"name": "cephfs"}]),
             "fs subvolume info" => match subvolumes.get(&name) {
+                Some(copy) if copy["copying"].is_object() => {
+                    return Err(Failure { errno: Errno::AGAIN, message: String::new() });
+                }
                 Some(subvolume) => subvolume.clone(),
                 None => return missing(),
             },
@@ -110,8 +125,7 @@ impl Ceph for Handle {
                 None => return missing(),
             },
             "fs subvolume ls" => subvolumes.keys().map(|name| json!({"name": name})).collect(),
-            "fs subvolume snapshot ls" => json!([]),
-            other => panic!("{other}"),
+            other => return self.0.snapshot_command(other, &command, &mut subvolumes),
         };
         if let Some(Fault::DoAndRefuse(errno)) = fault {
             return Err(Failure { errno, message: String::new() });
@@ -120,8 +134,89 @@ impl Ceph for Handle {
     }
 }
 
+impl Double {
+    fn snapshot_command(
+        &self,
+        prefix: &str,
+        command: &Value,
+        subvolumes: &mut BTreeMap<String, Value>,
+    ) -> Result<Vec<u8>, Failure> {
+        let text = |key: &str| command[key].as_str().unwrap_or_default().to_owned();
+        let refused = |errno| Err(Failure { errno, message: String::new() });
+        let (volume, name) = (text("sub_name"), text("snap_name"));
+        let mut all = self.snapshots.lock().unwrap();
+        let snapshots = all.entry(volume.clone()).or_default();
+        let answer = match prefix {
+            "fs subvolume snapshot ls" => snapshots.keys().map(|name| json!({"name": name})).collect(),
+            "fs subvolume snapshot create" => {
+                snapshots.entry(name).or_default();
+                Value::Null
+            }
+            "fs subvolume resize" => {
+                let size: u64 = text("new_size").parse().unwrap();
+                subvolumes.get_mut(&volume).unwrap()["bytes_quota"] = size.into();
+                Value::Null
+            }
+            "fs clone status" => match subvolumes.get(&text("clone_name")) {
+                Some(copy) if copy["copying"].is_object() => {
+                    // The next look finds it complete.
+                    let source = copy["copying"].clone();
+                    let copy = subvolumes.get_mut(&text("clone_name")).unwrap();
+                    copy["copying"] = Value::Null;
+                    json!({"status": {"state": "in-progress", "source": source}})
+                }
+                Some(_) => json!({"status": {"state": "complete"}}),
+                None => return refused(Errno::NOENT),
+            },
+            "fs clone cancel" => return refused(Errno::INVAL),
+            _ => {
+                let Some(metadata) = snapshots.get_mut(&name) else { return refused(Errno::NOENT) };
+                match prefix {
+                    "fs subvolume snapshot info" => {
+                        json!({"created_at": "2026-11-22 13:20:16.184757", "has_pending_clones": "no"})
+                    }
+                    "fs subvolume snapshot metadata set" => {
+                        metadata.insert(text("key_name"), text("value"));
+                        Value::Null
+                    }
+                    "fs subvolume snapshot metadata get" => match metadata.get(&text("key_name")) {
+                        Some(value) => return Ok(value.as_bytes().to_vec()),
+                        None => return refused(Errno::NOENT),
+                    },
+                    "fs subvolume snapshot metadata ls" => json!(metadata),
+                    "fs subvolume snapshot rm" => {
+                        snapshots.remove(&name);
+                        Value::Null
+                    }
+                    "fs subvolume snapshot clone" => {
+                        let target = text("target_sub_name");
+                        if subvolumes.contains_key(&target) {
+                            return refused(Errno::EXIST);
+                        }
+                        let mut copy = subvolumes[&volume].clone();
+                        copy["path"] = format!("/volumes/csi/{target}/u").into();
+                        copy["type"] = "clone".into();
+                        copy["notes"] = Value::Null;
+                        copy["copying"] = json!({"subvolume": volume, "snapshot": name});
+                        subvolumes.insert(target, copy);
+                        Value::Null
+                    }
+                    other => panic!("{other}"),
+                }
+            }
+        };
+        Ok(if answer.is_null() { Vec::new() } else { answer.to_string().into_bytes() })
+    }
+}
+
 fn backend() -> (Arc<Double>, Cephfs) {
     let double = Arc::new(Double::default());
+    let cephfs = restarted(&double);
+    (double, cephfs)
+}
+
+/// A driver that knows nothing.
+fn restarted(double: &Arc<Double>) -> Cephfs {
     let text = "
 clusters:
   - {name: main, monitors: ['v2:here:1']}
@@ -129,7 +224,7 @@ clusters:
 drivers: [{backend: cephfs, socket: /run/x}]";
     let config = Config::parse(text, &|_| None).unwrap();
     let control = Control::new(Box::new(Handle(double.clone())), DEADLINE, Arc::new(Metrics::default()));
-    (double, Cephfs::over(control, &config))
+    Cephfs::over(control, &config)
 }
 
 fn secrets(key: &str) -> Secrets {
@@ -267,6 +362,94 @@ fn a_connection_that_nobody_uses_is_dropped_and_made_again() {
     }
     create(&cephfs, "idle").unwrap();
     assert_eq!(double.connections.load(Ordering::SeqCst), 2);
+}
+
+/// Makes a call once for each command that it sends, with a driver that dies before that command, and again with one
+/// that knows nothing.
+fn dying_before_each_command<T>(
+    double: &Arc<Double>,
+    call: impl Fn(&Cephfs, usize) -> crate::error::Result<T>,
+    check: impl Fn(&Cephfs, usize, Option<T>),
+) {
+    for asks_again in [true, false] {
+        for step in 1.. {
+            let round = step + if asks_again { 0 } else { 1000 };
+            let sent = double.commands.lock().unwrap().len();
+            double.dies_before.store(sent + step, Ordering::SeqCst);
+            let result = call(&restarted(double), round);
+            let died = double.commands.lock().unwrap().len() >= sent + step;
+            double.dies_before.store(0, Ordering::SeqCst);
+            let fresh = restarted(double);
+            let value = if asks_again || !died { Some(call(&fresh, round).unwrap()) } else { None };
+            assert_eq!(result.is_err(), died);
+            check(&fresh, round, value);
+            if !died {
+                assert!(step > 3, "{step}");
+                break;
+            }
+        }
+    }
+}
+
+#[test]
+fn a_copy_may_die_before_any_command_and_leaves_nothing() {
+    let (double, cephfs) = backend();
+    let source = create(&cephfs, "source").unwrap().id;
+    let source_name = source.as_str().rsplit('/').next().unwrap().to_owned();
+    let larger = |round: usize| Spec {
+        capacity: Some(CapacityRange::new(64 << 20, 0).unwrap()),
+        ..spec(&format!("copy-{round}"), "main")
+    };
+    let id_of = |cephfs: &Cephfs, spec: &Spec| cephfs.volume_id(&spec.name, &spec.parameters).unwrap();
+    dying_before_each_command(
+        &double,
+        |cephfs, round| {
+            let spec = larger(round);
+            cephfs.ensure_clone(&id_of(cephfs, &spec), &spec, &source, &secrets("right"))
+        },
+        |cephfs, round, volume| {
+            let id = id_of(cephfs, &larger(round));
+            if let Some(volume) = volume {
+                assert_eq!((volume.id.clone(), volume.size), (id.clone(), 64 << 20));
+                assert!(double.snapshots.lock().unwrap()[&source_name].is_empty(), "round {round}");
+            }
+            cephfs.ensure_absent(&id, &secrets("right")).unwrap();
+            assert!(double.snapshots.lock().unwrap()[&source_name].is_empty(), "round {round}");
+            assert_eq!(double.subvolumes.lock().unwrap().len(), 1, "round {round}");
+        },
+    );
+}
+
+#[test]
+fn a_view_of_a_snapshot_may_die_before_any_command_and_never_loses_it() {
+    let (double, cephfs) = backend();
+    let source = create(&cephfs, "source").unwrap().id;
+    let name = Name::new("snapshot").unwrap();
+    let snapshot = cephfs.ensure_snapshot(&name, &source, &[].into(), &[], &secrets("right")).unwrap().id;
+    let read_only = |round: usize| {
+        let mut spec = spec(&format!("view-{round}"), "main");
+        spec.capabilities[0].mode = AccessMode::MultiNodeReaderOnly;
+        spec
+    };
+    dying_before_each_command(
+        &double,
+        |cephfs, round| {
+            let spec = read_only(round);
+            let id = cephfs.volume_id(&spec.name, &spec.parameters)?;
+            cephfs.ensure_restored(&id, &spec, &snapshot, &secrets("right"))
+        },
+        |cephfs, round, volume| {
+            let spec = read_only(round);
+            let id = cephfs.volume_id(&spec.name, &spec.parameters).unwrap();
+            if volume.is_some() {
+                let error = cephfs.ensure_snapshot_absent(&snapshot, &secrets("right")).unwrap_err();
+                assert_eq!(error.kind(), ErrorKind::Precondition, "{error}");
+            }
+            cephfs.ensure_absent(&id, &secrets("right")).unwrap();
+            assert_eq!(double.subvolumes.lock().unwrap().len(), 1, "round {round}");
+        },
+    );
+    cephfs.ensure_snapshot_absent(&snapshot, &secrets("right")).unwrap();
 }
 
 #[test]
