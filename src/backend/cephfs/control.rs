@@ -26,7 +26,7 @@ const CONNECT: Duration = Duration::from_secs(10);
 const IDLE: Duration = Duration::from_secs(300);
 /// A connection that leaves a command unanswered is made again, but not more often than this.
 const DOUBTED: Duration = Duration::from_secs(60);
-/// More commands than this waiting for an answer after their deadline: no further one is sent.
+/// More commands than this waiting for an answer of one cluster after their deadline: no further one is sent to it.
 const UNANSWERED: usize = 64;
 /// So long a thread waits for its next command.
 const LINGER: Duration = Duration::from_secs(10);
@@ -94,7 +94,8 @@ struct Pool {
 /// Commands whose deadline has passed.
 #[derive(Default)]
 struct Waiting {
-    count: usize,
+    /// By cluster: one that hangs holds up no other.
+    counts: BTreeMap<String, usize>,
     subvolumes: BTreeSet<String>,
 }
 
@@ -108,6 +109,7 @@ struct Threads {
 /// A command on its way.
 struct Job {
     session: Session,
+    cluster: String,
     target: Target,
     prefix: &'static str,
     text: String,
@@ -221,8 +223,9 @@ impl Control {
         let Command { target, prefix, arguments, changes } = command;
         {
             let waiting = locked(&self.waiting);
-            if waiting.count >= UNANSWERED {
-                let message = format!("cluster {} has not answered {} commands yet", cluster.name, waiting.count);
+            let count = waiting.counts.get(&cluster.name).copied().unwrap_or_default();
+            if count >= UNANSWERED {
+                let message = format!("cluster {} has not answered {count} commands yet", cluster.name);
                 return Err(Trouble::Unanswered(Error::new(ErrorKind::Unreachable, message)));
             }
             if let Some(subvolume) = changes.as_ref().filter(|subvolume| waiting.subvolumes.contains(*subvolume)) {
@@ -239,6 +242,7 @@ impl Control {
             target,
             prefix,
             text,
+            cluster: cluster.name.clone(),
             changes: changes.clone(),
             waiting: self.waiting.clone(),
             answer: sender,
@@ -259,7 +263,7 @@ impl Control {
                     return result.map_err(Trouble::Refused);
                 }
                 drop(receiver);
-                waiting.count += 1;
+                *waiting.counts.entry(cluster.name.clone()).or_default() += 1;
                 let kind = if changes.is_some() { ErrorKind::OutcomeUnknown } else { ErrorKind::Unreachable };
                 waiting.subvolumes.extend(changes);
                 let who = if target == Target::Manager { "manager" } else { "monitor" };
@@ -333,14 +337,16 @@ impl Threads {
 
 impl Job {
     fn done(self, free: impl FnOnce()) {
-        let Self { session, target, prefix, text, changes, waiting, answer } = self;
+        let Self { session, cluster, target, prefix, text, changes, waiting, answer } = self;
         let result = session.connection.command(target, &text);
         drop(session);
         free();
         // Whoever gave it up has written it down before this lock is free.
         let mut waiting = locked(&waiting);
         if answer.try_send(result).is_err() {
-            waiting.count -= 1;
+            if let Some(count) = waiting.counts.get_mut(&cluster) {
+                *count -= 1;
+            }
             if let Some(subvolume) = changes {
                 waiting.subvolumes.remove(&subvolume);
             }

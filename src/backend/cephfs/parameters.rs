@@ -101,8 +101,8 @@ impl Pin {
 
 fn ceph_name(key: &str, value: &str) -> Result<String> {
     let fits = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
-    if value.is_empty() || !value.chars().all(fits) {
-        fail!(Invalid, "{key} {value:?} must be letters, digits, `-`, `_` and `.`");
+    if matches!(value, "" | "." | "..") || !value.chars().all(fits) {
+        fail!(Invalid, "{key} {value:?} must be letters, digits, `-`, `_` and `.`, and not `.` or `..`");
     }
     Ok(value.to_owned())
 }
@@ -254,6 +254,7 @@ mod tests {
         assert!(error.to_string().contains("known: backingSnapshot"), "{error}");
         for bad in [
             ("group", "a/b"),
+            ("group", ".."),
             ("uid", "-1"),
             ("mode", "999"),
             ("mode", "10000"),
