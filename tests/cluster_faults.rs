@@ -268,7 +268,7 @@ async fn a_dead_mount_is_made_again() {
 /// Until it is answered before the driver is killed.
 const ALL: u32 = 100;
 /// A copy takes Ceph five seconds and more. What comes after it is tested on a double.
-const UNTIL_COPYING: u32 = 7;
+const UNTIL_COPYING: u32 = 6;
 
 /// Makes a call again and again, the driver killed before its first, second ... message to Ceph; asks again each time,
 /// and has `check` look at what there is.
@@ -386,7 +386,7 @@ async fn copies_and_snapshots_killed_midway_are_finished_by_the_next() {
 
     // Deleted after the death, at every moment of the copying.
     let mut client = cluster.start(&mut lab).await;
-    for round in 2..=UNTIL_COPYING {
+    for round in 3..=5 {
         let name = format!("killed-forgotten-{round}");
         assert!(client.health("main/cephfs/csi/none").await.is_err());
         let tracer = Tracer::kill_before(lab.pid(), &("sendmsg".to_owned(), round));
