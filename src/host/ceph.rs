@@ -44,7 +44,7 @@ pub struct Monitor {
 pub struct Source<'a> {
     /// One that answers is enough.
     pub monitors: &'a [Monitor],
-    /// The cluster's UUID.
+    /// The cluster's UUID; empty where it is not known.
     pub fsid: &'a str,
     /// The file system's name.
     pub filesystem: &'a str,
@@ -271,6 +271,7 @@ impl Configuration {
         let Source { fsid, filesystem, path, user, .. } = source;
         let named = format!("{user}@{fsid}.{filesystem}={path}");
         if syntax == Syntax::Named
+            && !fsid.is_empty()
             && named.len() <= LONGEST
             && self.accepts("mon_addr", &as_many(monitors, '/', LONGEST))?
         {

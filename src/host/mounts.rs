@@ -189,24 +189,28 @@ pub fn detach(path: &Path) -> Result<()> {
     }
 }
 
-/// Covers the mount at `path` with a directory inside it, read-only.
-pub fn cover(path: &Path, inner: &Path) -> Result<()> {
+/// Puts a directory inside the mount at `path` in that mount's place, read-only.
+pub fn narrow(path: &Path, inner: &Path) -> Result<()> {
     let what = || format!("cannot show {} of {}", inner.display(), path.display());
     let Some(root) = paths::open(path)? else { fail!(Precondition, "nothing is at {}", path.display()) };
     let flags = OFlags::PATH | OFlags::CLOEXEC | OFlags::DIRECTORY;
     let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS;
-    let bind = || {
+    let clone = || {
         let from = rustix::fs::openat2(&root, inner, flags, Mode::empty(), resolve)?;
         let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC | OpenTreeFlags::AT_EMPTY_PATH;
         let tree = rustix::mount::open_tree(&from, "", flags)?;
         set_read_only(&tree)?;
-        let flags = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH | MoveMountFlags::MOVE_MOUNT_T_EMPTY_PATH;
-        rustix::mount::move_mount(&tree, "", &root, "", flags)
+        Ok(tree)
     };
-    bind().map_err(|errno| match errno {
+    let tree = clone().map_err(|errno| match errno {
         Errno::NOENT => Error::caused(ErrorKind::NotFound, what(), std::io::Error::from(errno)),
         errno => Error::io(what(), errno),
-    })
+    })?;
+    drop(root);
+    detach(path)?;
+    let (to, _) = ensure_vacant(path, paths::Kind::Directory)?;
+    let flags = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH | MoveMountFlags::MOVE_MOUNT_T_EMPTY_PATH;
+    rustix::mount::move_mount(&tree, "", &to, "", flags).map_err(|errno| Error::io(what(), errno))
 }
 
 /// The line of the mount table of the uppermost mount at `path`. Reads the whole table, but touches nothing at `path`:

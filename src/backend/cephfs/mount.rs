@@ -70,7 +70,7 @@ impl Mounts {
             }
             match self.health(path)? {
                 Health::Alive if plan.is_whole(&shown) => return Ok(()),
-                Health::Alive => return mounts::cover(path, Path::new(plan.inner)),
+                Health::Alive => return mounts::narrow(path, Path::new(plan.inner)),
                 Health::Silent => {
                     fail!(Unreachable, "{} is mounted at {target}, but Ceph does not answer: no active MDS?", plan.id)
                 }
@@ -88,7 +88,7 @@ impl Mounts {
         if plan.inner.is_empty() {
             return Ok(());
         }
-        mounts::cover(path, Path::new(plan.inner)).inspect_err(|_| drop(mounts::unmount_top(path)))
+        mounts::narrow(path, Path::new(plan.inner)).inspect_err(|_| drop(mounts::unmount_top(path)))
     }
 
     fn mount_by_kernel(&self, plan: &Plan<'_>, account: &Account, target: &Path) -> Result<()> {
@@ -191,6 +191,9 @@ impl Mounts {
         while is_at(id, path)? {
             self.unmount(path)?;
         }
+        if ceph::has_kernel_client()? {
+            return Ok(());
+        }
         // ceph-fuse writes back what it holds after its mount is gone, and ends then.
         let (tag, place) = (format!("fsname={FUSE_TAG}{id}"), path.display().to_string());
         let is_it = |arguments: &[String]| {
@@ -246,11 +249,17 @@ pub(super) fn is_of(id: &VolumeId, line: &str) -> bool {
     match (&shown.tag, &address) {
         (Some(tag), _) => tag == id.as_str(),
         (None, _) if shown.filesystem.as_deref() != Some(address.filesystem()) => false,
-        (None, Address::Subvolume(volume)) if shown.path.contains("/.snap/") => {
+        (None, Address::Subvolume(volume)) if is_view(&shown.path) => {
             shown.path.starts_with(&format!("/volumes/{}/", volume.group))
         }
         (None, _) => address.covers(&shown.path),
     }
+}
+
+/// Is it a snapshot, or the folder of a subvolume, which is mounted only on the way to one? A volume's own files lie one
+/// level below.
+fn is_view(path: &str) -> bool {
+    path.contains("/.snap/") || path.split('/').count() == 4
 }
 
 /// Each monitor's addresses, those of one host together.

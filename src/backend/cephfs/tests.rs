@@ -25,7 +25,7 @@ const DEADLINE: Duration = Duration::from_millis(200);
 struct Double {
     subvolumes: Mutex<BTreeMap<String, Value>>,
     /// Of each subvolume, those of its snapshots.
-    snapshots: Mutex<BTreeMap<String, BTreeMap<String, BTreeMap<String, String>>>>,
+    snapshots: Mutex<BTreeMap<String, BTreeMap<String, Metadata>>>,
     /// Before this command everything ends; 0: never.
     dies_before: AtomicUsize,
     faults: Mutex<BTreeMap<&'static str, Fault>>,
@@ -37,6 +37,8 @@ struct Double {
     released: Mutex<bool>,
     release: Condvar,
 }
+
+type Metadata = BTreeMap<String, String>;
 
 #[derive(Clone)]
 enum Fault {
