@@ -1,13 +1,14 @@
 //! Commands to Ceph: connections, deadlines, and what is known of commands that were never answered.
 //!
 //! A connection is shared by all calls of one user, made when it is first needed, and dropped when nobody has used it
-//! for a while. Each command runs on a thread of its own. When its deadline passes, the caller leaves and the thread
+//! for a while. Each command has a thread to itself. When its deadline passes, the caller leaves and the thread
 //! waits on: librados sends the command again when the daemon is back, and nobody can call it back. So a command that
 //! changes a subvolume and was not answered keeps every further change of that subvolume away until it is: a Delete
 //! that comes late must not meet the volume that was made after it.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak, mpsc};
+use std::thread::ThreadId;
 use std::time::{Duration, Instant};
 
 use serde_json::Value;
@@ -27,6 +28,8 @@ const IDLE: Duration = Duration::from_secs(300);
 const DOUBTED: Duration = Duration::from_secs(60);
 /// More commands than this waiting for an answer after their deadline: no further one is sent.
 const UNANSWERED: usize = 64;
+/// So long a thread waits for its next command.
+const LINGER: Duration = Duration::from_secs(10);
 /// Enough for librados' own frames. Memory is taken only where it is touched.
 const STACK: usize = 512 << 10;
 
@@ -75,6 +78,7 @@ pub(super) struct Control {
     metrics: Arc<Metrics>,
     pool: Arc<Mutex<Pool>>,
     waiting: Arc<Mutex<Waiting>>,
+    threads: Arc<Threads>,
 }
 
 /// Cluster, user, and a digest of the key: who brings another key shall not use the connection of the right one.
@@ -92,6 +96,25 @@ struct Pool {
 struct Waiting {
     count: usize,
     subvolumes: BTreeSet<String>,
+}
+
+/// Threads that send commands. One that is done waits a moment for the next: to start one for each command, with what
+/// the library sets up for a new thread, took as long as a quarter of `fs subvolume info`.
+#[derive(Default)]
+struct Threads {
+    idle: Mutex<Vec<(ThreadId, mpsc::Sender<Job>)>>,
+}
+
+/// A command on its way.
+struct Job {
+    session: Session,
+    target: Target,
+    prefix: &'static str,
+    text: String,
+    /// The subvolume that it changes.
+    changes: Option<String>,
+    waiting: Arc<Mutex<Waiting>>,
+    answer: mpsc::SyncSender<Result<Vec<u8>, Failure>>,
 }
 
 /// At most one connection; who needs it waits for who makes it.
@@ -124,8 +147,8 @@ impl Session {
 
 impl Control {
     pub(super) fn new(connector: Box<dyn Connector>, deadline: Duration, metrics: Arc<Metrics>) -> Self {
-        let (pool, waiting) = Default::default();
-        Self { connector, deadline, idle: IDLE, metrics, pool, waiting }
+        let (pool, waiting, threads) = Default::default();
+        Self { connector, deadline, idle: IDLE, metrics, pool, waiting, threads }
     }
 
     /// Sends a command and waits for its answer until the deadline.
@@ -211,23 +234,16 @@ impl Control {
         let fixed = [("prefix".to_owned(), prefix.into()), ("format".to_owned(), "json".into())];
         let text = Value::Object(fixed.into_iter().chain(arguments).collect()).to_string();
         let (sender, receiver) = mpsc::sync_channel(1);
-        let thread = std::thread::Builder::new().name("ceph-command".to_owned()).stack_size(STACK);
-        let started = thread.spawn({
-            let (waiting, changes) = (self.waiting.clone(), changes.clone());
-            move || {
-                let result = session.connection.command(target, &text);
-                drop(session);
-                // Whoever gave it up has written it down before this lock is free.
-                let mut waiting = locked(&waiting);
-                if sender.try_send(result).is_err() {
-                    waiting.count -= 1;
-                    if let Some(subvolume) = changes {
-                        waiting.subvolumes.remove(&subvolume);
-                    }
-                    tracing::warn!(command = prefix, "Ceph has answered a command that nobody waits for any more");
-                }
-            }
-        });
+        let job = Job {
+            session,
+            target,
+            prefix,
+            text,
+            changes: changes.clone(),
+            waiting: self.waiting.clone(),
+            answer: sender,
+        };
+        let started = self.threads.run(job);
         if let Err(error) = started {
             return Err(Trouble::Unanswered(Error::io("cannot start a thread for a command to Ceph", error)));
         }
@@ -269,6 +285,66 @@ impl Control {
         });
         if let Err(error) = started {
             tracing::warn!(%error, "connections to Ceph are kept for ever");
+        }
+    }
+}
+
+impl Threads {
+    /// Hands the command to a thread, started if none is idle.
+    fn run(self: &Arc<Self>, mut job: Job) -> std::io::Result<()> {
+        let idle = locked(&self.idle).pop();
+        if let Some((_, thread)) = idle {
+            match thread.send(job) {
+                Ok(()) => return Ok(()),
+                // It has ended in a panic.
+                Err(mpsc::SendError(back)) => job = back,
+            }
+        }
+        let threads = self.clone();
+        let thread = std::thread::Builder::new().name("ceph-command".to_owned()).stack_size(STACK);
+        thread.spawn(move || threads.work(job)).map(drop)
+    }
+
+    /// A thread's life.
+    fn work(&self, mut job: Job) {
+        let this = std::thread::current().id();
+        let (sender, receiver) = mpsc::channel();
+        loop {
+            // Before the answer is given, so that the caller's next command finds this thread.
+            job.done(|| locked(&self.idle).push((this, sender.clone())));
+            job = match receiver.recv_timeout(LINGER) {
+                Ok(next) => next,
+                Err(_) => {
+                    let mut idle = locked(&self.idle);
+                    let count = idle.len();
+                    idle.retain(|(thread, _)| *thread != this);
+                    if idle.len() < count {
+                        return;
+                    }
+                    drop(idle);
+                    // Somebody has just taken it out, to send a command.
+                    let Ok(next) = receiver.recv() else { return };
+                    next
+                }
+            }
+        }
+    }
+}
+
+impl Job {
+    fn done(self, free: impl FnOnce()) {
+        let Self { session, target, prefix, text, changes, waiting, answer } = self;
+        let result = session.connection.command(target, &text);
+        drop(session);
+        free();
+        // Whoever gave it up has written it down before this lock is free.
+        let mut waiting = locked(&waiting);
+        if answer.try_send(result).is_err() {
+            waiting.count -= 1;
+            if let Some(subvolume) = changes {
+                waiting.subvolumes.remove(&subvolume);
+            }
+            tracing::warn!(command = prefix, "Ceph has answered a command that nobody waits for any more");
         }
     }
 }
