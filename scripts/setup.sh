@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Installs what is missing on a Debian machine. setup.sh run: what the driver calls; setup.sh test: what the tests need too;
-# setup.sh lab: what scripts/lab.sh needs.
+# setup.sh bench: what the benchmark needs; setup.sh lab: what scripts/lab.sh needs.
 # Prints a line for each thing that can't be had; the tests then skip what needs it, and say so.
 set -euo pipefail
 cache=${XDG_CACHE_HOME:-$HOME/.cache}/berth
@@ -32,7 +32,7 @@ install() {
 }
 install
 
-case ${1:-run} in test | lab)
+case ${1:-run} in test | bench | lab)
   # By themselves, since not every release has them.
   packages=()
   for program in ceph-mon ceph-mgr ceph-osd ceph-mds ceph-fuse; do need "$program" "$program"; done

@@ -31,8 +31,8 @@ pub(crate) async fn create(lab: &Lab, options: &Options) -> Result<Vec<Row>> {
     let count = options.count(200, 20);
 
     let mut ours = async |round: usize| {
-        let id = client.create(&format!("pvc-{round}"), wanted).await?;
-        client.delete(&id).await
+        let volume = client.create(&format!("pvc-{round}"), wanted).await?;
+        client.delete(&volume).await
     };
     let least = |_| {
         create_synced(&bare, GIB)?;
@@ -66,9 +66,9 @@ pub(crate) async fn publish(lab: &Lab, options: &Options) -> Result<Vec<Row>> {
     let driver = Driver::start(lab, "publish", Pool::Reserved).await?;
     let mut client = driver.client().await?;
     let wanted = Wanted::of_size(GIB);
-    let id = client.create("pvc", wanted).await?;
-    client.stage(&id, wanted).await?;
-    let (staging, bare) = (client.staging(&id), lab.new_directory("publish-bare")?);
+    let volume = client.create("pvc", wanted).await?;
+    client.stage(&volume, wanted).await?;
+    let (staging, bare) = (client.staging(&volume), lab.new_directory("publish-bare")?);
 
     let system_calls = |_| {
         rustix::mount::mount_bind(&staging, &bare)?;
@@ -76,12 +76,12 @@ pub(crate) async fn publish(lab: &Lab, options: &Options) -> Result<Vec<Row>> {
     };
     let mut calls = client.clone();
     let pairs = in_turns(options.count(500, 50), system_calls, async |_| {
-        calls.publish(&id, wanted).await?;
-        calls.unpublish(&id).await
+        calls.publish(&volume, wanted).await?;
+        calls.unpublish(&volume).await
     })
     .await?;
-    client.unstage(&id).await?;
-    client.delete(&id).await?;
+    client.unstage(&volume).await?;
+    client.delete(&volume).await?;
     Ok(vec![pairs.at_most("NodePublishVolume + NodeUnpublishVolume", "mount(MS_BIND) + umount2", 1.5, SLACK)])
 }
 
@@ -93,7 +93,7 @@ pub(crate) async fn mounts(lab: &Lab, options: &Options) -> Result<Vec<Row>> {
     let mut client = driver.client().await?;
     let shared = Wanted::of_size(GIB);
     let alone = Wanted { mode: Mode::SingleNodeSingleWriter, ..shared };
-    let id = client.create("pvc", shared).await?;
+    let volume = client.create("pvc", shared).await?;
     let [mut publish, mut publish_alone, mut stage] = [Pairs::default(), Pairs::default(), Pairs::default()];
 
     // The mounts can't come and go between two calls, so the sides take turns in blocks.
@@ -103,25 +103,25 @@ pub(crate) async fn mounts(lab: &Lab, options: &Options) -> Result<Vec<Row>> {
         let side = |pairs: &mut Pairs, seconds| {
             if crowded { pairs.subject.push(seconds) } else { pairs.baseline.push(seconds) }
         };
-        client.stage(&id, shared).await?;
+        client.stage(&volume, shared).await?;
         for (wanted, pairs) in [(shared, &mut publish), (alone, &mut publish_alone)] {
             for _ in 0..options.count(100, 20) {
                 let begun = Instant::now();
-                client.publish(&id, wanted).await?;
-                client.unpublish(&id).await?;
+                client.publish(&volume, wanted).await?;
+                client.unpublish(&volume).await?;
                 side(pairs, begun.elapsed().as_secs_f64());
             }
         }
-        client.unstage(&id).await?;
+        client.unstage(&volume).await?;
         for _ in 0..options.count(20, 5) {
             let begun = Instant::now();
-            client.stage(&id, shared).await?;
-            client.unstage(&id).await?;
+            client.stage(&volume, shared).await?;
+            client.unstage(&volume).await?;
             side(&mut stage, begun.elapsed().as_secs_f64());
         }
         drop(others);
     }
-    client.delete(&id).await?;
+    client.delete(&volume).await?;
     let against = format!("with {FEW} other mounts");
     let with = |what: &str| format!("{what} with {many} other mounts");
     Ok(vec![

@@ -17,25 +17,29 @@ const FILE: u64 = 1 << 30;
 const VOLUME: u64 = 8 << 30;
 /// Bandwidth of the volume over that of the disk.
 const TARGET: f64 = 0.9;
+const AGAINST: &str = "on the pool's disk";
 /// Odd, so that a median is a measurement.
 const ROUNDS: usize = 5;
 
 /// How long a job runs.
 #[derive(Clone, Copy, Debug)]
-enum Run {
-    /// Once over so many bytes.
-    Once(u64),
+pub(crate) enum Run {
+    /// Once over the file.
+    Once,
     /// Over and over for so many seconds, after one that does not count.
     For(u32),
 }
 
 /// A way to read or write.
-struct Job {
-    what: &'static str,
-    pattern: &'static str,
-    block: &'static str,
-    depth: u32,
+pub(crate) struct Job {
+    pub(crate) what: &'static str,
+    pub(crate) pattern: &'static str,
+    pub(crate) block: &'static str,
+    pub(crate) depth: u32,
 }
+
+/// Writes a file once over, in order.
+pub(crate) const LAYOUT: Job = Job { what: "layout", pattern: "write", block: "1m", depth: 4 };
 
 const JOBS: [Job; 6] = [
     Job { what: "4 KiB random read, depth 16", pattern: "randread", block: "4k", depth: 16 },
@@ -58,47 +62,47 @@ pub(crate) async fn disk(lab: &Lab, options: &Options) -> Result<Vec<Row>> {
     let driver = Driver::start(lab, "disk", Pool::Reserved).await?;
     let mut client = driver.client().await?;
     let wanted = Wanted::of_size(VOLUME);
-    let id = client.create("pvc", wanted).await?;
-    client.stage(&id, wanted).await?;
-    client.publish(&id, wanted).await?;
+    let volume = client.create("pvc", wanted).await?;
+    client.stage(&volume, wanted).await?;
+    client.publish(&volume, wanted).await?;
     let report = lab.path("fio.json");
-    let (volume, bare) = (client.target(&id).join("file"), lab.disk().join("bare-file"));
+    let (inside, bare) = (client.target(&volume).join("file"), lab.disk().join("bare-file"));
     // Both files are written once over before anything counts: the first write to a block has to record that it is
     // no longer unwritten, in the volume's file system and once more in the pool's. The last rows show that.
-    let layout = Job { what: "layout", pattern: "write", block: "1m", depth: 4 };
-    for file in [&bare, &volume] {
-        fio(&layout, file, &report, Run::Once(FILE))?;
+    for file in [&bare, &inside] {
+        fio(&LAYOUT, file, FILE, &report, Run::Once)?;
     }
     let mut rows = Vec::new();
     for job in JOBS {
-        let measure = |file: &Path| fio(&job, file, &report, Run::For(options.seconds));
-        let pairs = in_turns(|_| measure(&bare), |_| measure(&volume))?;
-        rows.push(row(job.what, &pairs));
+        let measure = |file: &Path| fio(&job, file, FILE, &report, Run::For(options.seconds));
+        let pairs = in_turns(ROUNDS, |_| measure(&bare), |_| measure(&inside))?;
+        rows.push(row(job.what, AGAINST, TARGET, &pairs));
     }
     for (what, pattern, block, depth) in FIRST_WRITES {
         let job = Job { what, pattern, block, depth };
         let measure = |file: &Path, round: usize| {
             let file = file.with_extension(format!("{block}-{round}"));
-            let bandwidth = fio(&job, &file, &report, Run::Once(FIRST))?;
+            let bandwidth = fio(&job, &file, FIRST, &report, Run::Once)?;
             std::fs::remove_file(file)?;
             Ok(bandwidth)
         };
-        let pairs = in_turns(|round| measure(&bare, round), |round| measure(&volume, round))?;
-        rows.push(row(what, &pairs));
+        let pairs = in_turns(ROUNDS, |round| measure(&bare, round), |round| measure(&inside, round))?;
+        rows.push(row(what, AGAINST, TARGET, &pairs));
     }
-    client.unpublish(&id).await?;
-    client.unstage(&id).await?;
-    client.delete(&id).await?;
+    client.unpublish(&volume).await?;
+    client.unstage(&volume).await?;
+    client.delete(&volume).await?;
     Ok(rows)
 }
 
 /// Measures both sides in turns, of which either is the first as often: a shared disk has better and worse minutes.
-fn in_turns(
+pub(crate) fn in_turns(
+    rounds: usize,
     mut baseline: impl FnMut(usize) -> Result<f64>,
     mut subject: impl FnMut(usize) -> Result<f64>,
 ) -> Result<Pairs> {
     let mut pairs = Pairs::default();
-    for round in 0..ROUNDS {
+    for round in 0..rounds {
         if round % 2 == 0 {
             pairs.baseline.push(baseline(round)?);
             pairs.subject.push(subject(round)?);
@@ -111,7 +115,7 @@ fn in_turns(
 }
 
 /// A row of bandwidths, with the lowest and the highest. One that explains has no target.
-fn row(what: &str, pairs: &Pairs) -> Row {
+pub(crate) fn row(what: &str, against: &str, target: f64, pairs: &Pairs) -> Row {
     let explains = what.starts_with('–');
     let show = |rates: &[f64]| {
         let [low, high] = [f64::min, f64::max].map(|pick| rates.iter().copied().reduce(pick).unwrap_or(f64::NAN));
@@ -121,19 +125,19 @@ fn row(what: &str, pairs: &Pairs) -> Row {
     Row {
         what: what.to_owned(),
         figure: show(&pairs.subject),
-        against: format!("on the pool's disk: {}", show(&pairs.baseline)),
+        against: format!("{against}: {}", show(&pairs.baseline)),
         ratio: Some(pairs.ratio()),
-        target: if explains { "–".to_owned() } else { format!("≥ {TARGET}x") },
-        met: (!explains).then(|| pairs.ratio() >= TARGET),
+        target: if explains { "–".to_owned() } else { format!("≥ {target}x") },
+        met: (!explains).then(|| pairs.ratio() >= target),
     }
 }
 
-/// Runs a job and returns its bytes per second.
-fn fio(job: &Job, file: &Path, report: &Path, run: Run) -> Result<f64> {
+/// Runs a job on a file of this size, and returns its bytes per second.
+pub(crate) fn fio(job: &Job, file: &Path, size: u64, report: &Path, run: Run) -> Result<f64> {
     let mut arguments = vec![
         "--name=berth".to_owned(),
         format!("--filename={}", file.display()),
-        format!("--size={}", if let Run::Once(size) = run { size } else { FILE }),
+        format!("--size={size}"),
         format!("--rw={}", job.pattern),
         format!("--bs={}", job.block),
         format!("--iodepth={}", job.depth),

@@ -1,5 +1,8 @@
 //! The driver under test: the release binary in a process of its own, and a client of it.
 
+use std::collections::HashMap;
+use std::io::{Read, Write};
+use std::net::{TcpListener, TcpStream};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -34,29 +37,58 @@ pub(crate) enum Pool {
     Thin,
 }
 
-/// A running driver with an empty pool. Killed when dropped.
+/// What a driver is started with.
+#[derive(Clone, Debug)]
+pub(crate) struct Setup {
+    /// The configuration without its drivers.
+    pub(crate) settings: String,
+    pub(crate) backend: &'static str,
+    pub(crate) role: &'static str,
+    pub(crate) secrets: Secrets,
+}
+
+/// What its calls bring along.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Secrets {
+    pub(crate) controller: HashMap<String, String>,
+    pub(crate) node: HashMap<String, String>,
+}
+
+/// A running driver. Killed when dropped.
 pub(crate) struct Driver {
     child: Child,
     socket: PathBuf,
     folder: PathBuf,
+    /// The port of its metrics.
+    http: u16,
+    secrets: Secrets,
 }
 
 impl Driver {
     /// Starts one whose pool, socket, log and paths bear this name.
     pub(crate) async fn start(lab: &Lab, name: &str, pool: Pool) -> Result<Self> {
+        let path = lab.disk().join(name);
+        std::fs::create_dir(&path)?;
+        let thin = pool == Pool::Thin;
+        let settings = format!("pools:\n  - {{name: local, path: \"{}\", thin: {thin}}}\n", path.display());
+        Self::launch(lab, name, Setup { settings, backend: "nvme", role: "both", secrets: Secrets::default() }).await
+    }
+
+    /// Starts one whose socket, log and paths bear this name.
+    pub(crate) async fn launch(lab: &Lab, name: &str, setup: Setup) -> Result<Self> {
         let folder = lab.new_directory(name)?;
-        let pool_path = lab.disk().join(name);
-        std::fs::create_dir(&pool_path)?;
         let socket = folder.join("csi/csi.sock");
         let config = folder.join("berth.yaml");
-        let thin = pool == Pool::Thin;
+        // Free a moment ago; nobody else on this machine is in a hurry for it.
+        let http = TcpListener::bind(("127.0.0.1", 0))?.local_addr()?.port();
+        let Setup { settings, backend, role, secrets } = setup;
         std::fs::write(
             &config,
             format!(
                 "node: {{name: bench}}\n\
-                 pools:\n  - {{name: local, path: \"{}\", thin: {thin}}}\n\
-                 drivers:\n  - {{backend: nvme, role: both, socket: \"{}\"}}\n",
-                pool_path.display(),
+                 http: {{address: \"127.0.0.1:{http}\"}}\n\
+                 {settings}\
+                 drivers:\n  - {{backend: {backend}, role: {role}, socket: \"{}\"}}\n",
                 socket.display()
             ),
         )?;
@@ -71,7 +103,7 @@ impl Driver {
             command.pre_exec(|| Ok(rustix::process::set_parent_process_death_signal(Some(Signal::KILL))?));
         }
         let child = command.spawn().context("cannot start berth")?;
-        let mut driver = Self { child, socket, folder };
+        let mut driver = Self { child, socket, folder, http, secrets };
         let begun = Instant::now();
         while UnixStream::connect(&driver.socket).await.is_err() {
             if driver.child.try_wait()?.is_some() || begun.elapsed() > START {
@@ -96,7 +128,23 @@ impl Driver {
             controller: ControllerClient::new(channel.clone()),
             node: NodeClient::new(channel),
             folder: self.folder.clone(),
+            secrets: self.secrets.clone(),
         })
+    }
+
+    /// How many commands it has sent to Ceph, as it counts them itself.
+    pub(crate) fn ceph_commands(&self) -> Result<u64> {
+        let mut stream = TcpStream::connect(("127.0.0.1", self.http))?;
+        stream.write_all(b"GET /metrics HTTP/1.1\r\nHost: berth\r\nConnection: close\r\n\r\n")?;
+        let mut text = String::new();
+        stream.read_to_string(&mut text)?;
+        let counts = text.lines().filter(|line| line.starts_with("berth_ceph_command_duration_seconds_count{"));
+        counts.map(|line| Ok(line.rsplit(' ').next().unwrap_or_default().parse::<u64>()?)).sum()
+    }
+
+    /// Is a library of this name in the process?
+    pub(crate) fn has_loaded(&self, library: &str) -> Result<bool> {
+        Ok(std::fs::read_to_string(format!("/proc/{}/maps", self.child.id()))?.contains(library))
     }
 
     /// Bytes of the process that are in memory.
@@ -125,6 +173,7 @@ pub(crate) struct Client {
     pub(crate) controller: ControllerClient<Channel>,
     node: NodeClient<Channel>,
     folder: PathBuf,
+    secrets: Secrets,
 }
 
 /// A volume as it is asked for.
@@ -143,6 +192,11 @@ impl Wanted {
         Self { size, filesystem: "", mode: Mode::SingleNodeMultiWriter }
     }
 
+    /// ReadWriteMany.
+    pub(crate) fn shared(size: u64) -> Self {
+        Self { mode: Mode::MultiNodeMultiWriter, ..Self::of_size(size) }
+    }
+
     fn capability(self) -> VolumeCapability {
         VolumeCapability {
             access_type: Some(AccessType::Mount(MountVolume {
@@ -155,59 +209,66 @@ impl Wanted {
 }
 
 impl Client {
-    /// Makes a volume and returns its id.
-    pub(crate) async fn create(&mut self, name: &str, wanted: Wanted) -> Result<String> {
+    /// Makes a volume.
+    pub(crate) async fn create(&mut self, name: &str, wanted: Wanted) -> Result<csi::Volume> {
         let request = csi::CreateVolumeRequest {
             name: name.to_owned(),
             capacity_range: Some(csi::CapacityRange { required_bytes: wanted.size.cast_signed(), limit_bytes: 0 }),
             volume_capabilities: vec![wanted.capability()],
+            secrets: self.secrets.controller.clone(),
             ..csi::CreateVolumeRequest::default()
         };
         let volume = self.controller.create_volume(request).await?.into_inner().volume;
-        Ok(volume.context("CreateVolume answered without a volume")?.volume_id)
+        volume.context("CreateVolume answered without a volume")
     }
 
-    pub(crate) async fn delete(&mut self, id: &str) -> Result<()> {
-        let request = csi::DeleteVolumeRequest { volume_id: id.to_owned(), ..csi::DeleteVolumeRequest::default() };
+    pub(crate) async fn delete(&mut self, volume: &csi::Volume) -> Result<()> {
+        let request =
+            csi::DeleteVolumeRequest { volume_id: volume.volume_id.clone(), secrets: self.secrets.controller.clone() };
         self.controller.delete_volume(request).await?;
         Ok(())
     }
 
-    pub(crate) async fn stage(&mut self, id: &str, wanted: Wanted) -> Result<()> {
+    pub(crate) async fn stage(&mut self, volume: &csi::Volume, wanted: Wanted) -> Result<()> {
         let request = csi::NodeStageVolumeRequest {
-            volume_id: id.to_owned(),
-            staging_target_path: text(&self.staging(id)),
+            volume_id: volume.volume_id.clone(),
+            staging_target_path: text(&self.staging(volume)),
             volume_capability: Some(wanted.capability()),
+            secrets: self.secrets.node.clone(),
+            volume_context: volume.volume_context.clone(),
             ..csi::NodeStageVolumeRequest::default()
         };
         self.node.node_stage_volume(request).await?;
         Ok(())
     }
 
-    pub(crate) async fn unstage(&mut self, id: &str) -> Result<()> {
-        let staging_target_path = text(&self.staging(id));
-        let request = csi::NodeUnstageVolumeRequest { volume_id: id.to_owned(), staging_target_path };
+    pub(crate) async fn unstage(&mut self, volume: &csi::Volume) -> Result<()> {
+        let staging_target_path = text(&self.staging(volume));
+        let request = csi::NodeUnstageVolumeRequest { volume_id: volume.volume_id.clone(), staging_target_path };
         self.node.node_unstage_volume(request).await?;
         // Kubelet's part.
-        let _ = std::fs::remove_dir(self.staging(id));
+        let _ = std::fs::remove_dir(self.staging(volume));
         Ok(())
     }
 
     /// Publishes a staged volume at [`Self::target`].
-    pub(crate) async fn publish(&mut self, id: &str, wanted: Wanted) -> Result<()> {
+    pub(crate) async fn publish(&mut self, volume: &csi::Volume, wanted: Wanted) -> Result<()> {
         let request = csi::NodePublishVolumeRequest {
-            volume_id: id.to_owned(),
-            staging_target_path: text(&self.staging(id)),
-            target_path: text(&self.target(id)),
+            volume_id: volume.volume_id.clone(),
+            staging_target_path: text(&self.staging(volume)),
+            target_path: text(&self.target(volume)),
             volume_capability: Some(wanted.capability()),
+            secrets: self.secrets.node.clone(),
+            volume_context: volume.volume_context.clone(),
             ..csi::NodePublishVolumeRequest::default()
         };
         self.node.node_publish_volume(request).await?;
         Ok(())
     }
 
-    pub(crate) async fn unpublish(&mut self, id: &str) -> Result<()> {
-        let request = csi::NodeUnpublishVolumeRequest { volume_id: id.to_owned(), target_path: text(&self.target(id)) };
+    pub(crate) async fn unpublish(&mut self, volume: &csi::Volume) -> Result<()> {
+        let (volume_id, target_path) = (volume.volume_id.clone(), text(&self.target(volume)));
+        let request = csi::NodeUnpublishVolumeRequest { volume_id, target_path };
         self.node.node_unpublish_volume(request).await?;
         Ok(())
     }
@@ -218,14 +279,19 @@ impl Client {
     }
 
     /// Where a volume is staged.
-    pub(crate) fn staging(&self, id: &str) -> PathBuf {
-        self.folder.join(format!("{id}.staging"))
+    pub(crate) fn staging(&self, volume: &csi::Volume) -> PathBuf {
+        self.folder.join(format!("{}.staging", flat(volume)))
     }
 
     /// Where a volume is published.
-    pub(crate) fn target(&self, id: &str) -> PathBuf {
-        self.folder.join(format!("{id}.target"))
+    pub(crate) fn target(&self, volume: &csi::Volume) -> PathBuf {
+        self.folder.join(format!("{}.target", flat(volume)))
     }
+}
+
+/// The volume's id as the name of a file.
+fn flat(volume: &csi::Volume) -> String {
+    volume.volume_id.replace('/', "_")
 }
 
 fn text(path: &Path) -> String {

@@ -60,6 +60,11 @@ impl Lab {
         self.path("pool-disk")
     }
 
+    /// What everything lies in.
+    pub(crate) fn folder(&self) -> &Path {
+        self.folder.path()
+    }
+
     /// A path beside it.
     pub(crate) fn path(&self, name: &str) -> PathBuf {
         self.folder.path().join(name)

@@ -2,16 +2,19 @@
 //! row means.
 //!
 //! The release binary runs as a process of its own on a pool of its own (XFS on a loop device), in a mount namespace
-//! that ends with this process, and is called over its Unix socket. A target that is missed is printed and fails
-//! nothing: only what breaks does.
+//! that ends with this process, and is called over its Unix socket. Rows that begin with `ceph-` have a Ceph cluster of
+//! their own. A target that is missed is printed and fails nothing: only what breaks does.
 
 mod calls;
+mod ceph;
+mod cephfs;
 mod disk;
 mod driver;
 mod lab;
 mod lists;
 mod measure;
 mod memory;
+mod subvolumes;
 
 use std::process::ExitCode;
 
@@ -20,6 +23,7 @@ use comfy_table::presets::ASCII_MARKDOWN;
 use comfy_table::{ContentArrangement, Table};
 use tokio::signal::unix::{SignalKind, signal};
 
+use ceph::{Ceph, Cluster};
 use lab::Lab;
 use measure::Row;
 
@@ -54,7 +58,20 @@ impl Options {
     }
 }
 
-const ROWS: [&str; 7] = ["create", "publish", "mounts", "list", "probe", "memory", "disk"];
+const ROWS: [&str; 12] = [
+    "create",
+    "publish",
+    "mounts",
+    "list",
+    "probe",
+    "memory",
+    "disk",
+    "ceph-create",
+    "ceph-parallel",
+    "ceph-memory",
+    "ceph-stage",
+    "ceph-disk",
+];
 
 fn main() -> ExitCode {
     match run() {
@@ -73,10 +90,12 @@ fn run() -> Result<()> {
     // One thread serves the client, so that the driver has a processor for itself where there are two.
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let mut lab = Lab::new()?;
+    // Dropped before the lab, in which its mounts are.
+    let mut ceph = Ceph::default();
     let rows = runtime.block_on(async {
         let (mut interrupt, mut terminate) = (signal(SignalKind::interrupt())?, signal(SignalKind::terminate())?);
         tokio::select! {
-            rows = measure_all(&mut lab, &options) => rows,
+            rows = measure_all(&mut lab, &mut ceph, &options) => rows,
             _ = interrupt.recv() => bail!("interrupted"),
             _ = terminate.recv() => bail!("terminated"),
         }
@@ -85,7 +104,7 @@ fn run() -> Result<()> {
     Ok(())
 }
 
-async fn measure_all(lab: &mut Lab, options: &Options) -> Result<Vec<Row>> {
+async fn measure_all(lab: &mut Lab, ceph: &mut Ceph, options: &Options) -> Result<Vec<Row>> {
     let mut rows = Vec::new();
     for name in ROWS {
         if !options.only.is_empty() && !options.only.iter().any(|only| only == name) {
@@ -99,12 +118,32 @@ async fn measure_all(lab: &mut Lab, options: &Options) -> Result<Vec<Row>> {
             "list" => lists::list(lab, options).await,
             "probe" => calls::probe(lab, options).await,
             "memory" => memory::memory(lab, options).await,
-            _ => disk::disk(lab, options).await,
+            "disk" => disk::disk(lab, options).await,
+            name => match ceph.cluster(lab)? {
+                Ok(cluster) => on_ceph(name, lab, cluster, options).await,
+                Err(why) => {
+                    println!("SKIPPED {name}: {why}");
+                    continue;
+                }
+            },
         }?;
         eprintln!("{}", table(&measured));
         rows.extend(measured);
     }
     Ok(rows)
+}
+
+/// The rows that need a Ceph cluster.
+async fn on_ceph(name: &str, lab: &Lab, cluster: &Cluster, options: &Options) -> Result<Vec<Row>> {
+    // Whatever the row before left to do.
+    cluster.settle();
+    match name {
+        "ceph-create" => subvolumes::create(lab, cluster, options).await,
+        "ceph-parallel" => subvolumes::parallel(lab, cluster, options).await,
+        "ceph-memory" => cephfs::memory(lab, cluster, options).await,
+        "ceph-stage" => cephfs::stage(lab, cluster, options).await,
+        _ => cephfs::disk(lab, cluster, options).await,
+    }
 }
 
 fn table(rows: &[Row]) -> Table {

@@ -25,9 +25,24 @@ pub(crate) struct Pairs {
 }
 
 impl Pairs {
+    pub(crate) const EMPTY: Self = Self { subject: Vec::new(), baseline: Vec::new() };
+
+    /// Takes in what another one has.
+    pub(crate) fn extend(&mut self, other: Self) {
+        self.subject.extend(other.subject);
+        self.baseline.extend(other.baseline);
+    }
+
     /// The subject's median over the baseline's.
     pub(crate) fn ratio(&self) -> f64 {
         median(&self.subject) / median(&self.baseline)
+    }
+
+    /// The median of each round's own ratio: what changes from one round to the next is in neither.
+    pub(crate) fn ratio_in_rounds(&self) -> f64 {
+        let each: Vec<_> =
+            self.subject.iter().zip(&self.baseline).map(|(subject, baseline)| subject / baseline).collect();
+        median(&each)
     }
 
     /// A row of times in seconds, of which at most `factor` times the baseline plus `slack` is allowed.
@@ -70,6 +85,26 @@ pub(crate) async fn in_turns(
         }
     }
     Ok(pairs)
+}
+
+impl Row {
+    /// A figure that nothing of the same run can be compared with.
+    pub(crate) fn alone(what: impl Into<String>, figure: String, against: impl Into<String>) -> Self {
+        let (what, against, target) = (what.into(), against.into(), "–".to_owned());
+        Self { what, figure, against, ratio: None, target, met: None }
+    }
+
+    /// The same row with a limit that its figure keeps or not.
+    pub(crate) fn limited(self, target: impl Into<String>, met: bool) -> Self {
+        Self { target: target.into(), met: Some(met), ..self }
+    }
+}
+
+/// How long something takes, in seconds.
+pub(crate) async fn timed<T>(work: impl Future<Output = Result<T>>) -> Result<(f64, T)> {
+    let begun = Instant::now();
+    let result = work.await?;
+    Ok((begun.elapsed().as_secs_f64(), result))
 }
 
 /// The median; NaN of nothing.

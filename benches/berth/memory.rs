@@ -83,15 +83,15 @@ async fn live_and_die(client: &Client, prefix: &str, count: usize) -> Result<usi
         let (mut client, name) = (client.clone(), format!("{prefix}-{number}"));
         all.spawn(async move {
             let mut repeated = 0;
-            let id = client.create(&name, wanted).await?;
+            let volume = client.create(&name, wanted).await?;
             let mut step = 0;
             while step < STEPS {
                 let done = match step {
-                    0 => client.stage(&id, wanted).await,
-                    1 => client.publish(&id, wanted).await,
-                    2 => client.unpublish(&id).await,
-                    3 => client.unstage(&id).await,
-                    _ => client.delete(&id).await,
+                    0 => client.stage(&volume, wanted).await,
+                    1 => client.publish(&volume, wanted).await,
+                    2 => client.unpublish(&volume).await,
+                    3 => client.unstage(&volume).await,
+                    _ => client.delete(&volume).await,
                 };
                 match done {
                     Ok(()) => step += 1,
