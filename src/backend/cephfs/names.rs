@@ -145,10 +145,11 @@ pub(super) fn snapshot_name(name: &Name) -> String {
     format!("{SNAPSHOT}{}", digest(name.as_str()))
 }
 
-/// Ceph's own rule for names.
+/// Ceph's own rule for names, and neither `.` nor `..`: Ceph takes the folder that they lead to for a subvolume made by
+/// hand and marks it as one, after which no further subvolume can be made below it.
 fn plain(text: &str) -> Option<String> {
     let fits = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
-    (!text.is_empty() && text.chars().all(fits)).then(|| text.to_owned())
+    (!matches!(text, "" | "." | "..") && text.chars().all(fits)).then(|| text.to_owned())
 }
 
 /// 128 bits of the text's SHA-256, in hex.
@@ -188,6 +189,10 @@ mod tests {
         }
         assert_eq!(SnapshotAddress::of(&SnapshotId::new("a/b/c/d").unwrap()), None);
         assert_eq!(SnapshotAddress::of(&SnapshotId::new("a/b/@/d@e").unwrap()), None);
+        // The rule for ids sees one part there, which is not `..`.
+        for id in ["a/b/c/..@s", "a/b/c/.@s", "a/b/c/d@..", "a/b/c/d@."] {
+            assert_eq!(SnapshotAddress::of(&SnapshotId::new(id).unwrap()), None, "{id}");
+        }
     }
 
     #[test]
