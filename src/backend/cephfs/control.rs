@@ -25,7 +25,7 @@ const CONNECT: Duration = Duration::from_secs(10);
 const IDLE: Duration = Duration::from_secs(300);
 /// A connection that leaves a command unanswered is made again, but not more often than this.
 const DOUBTED: Duration = Duration::from_secs(60);
-/// More commands than this waiting for an answer after their deadline: no further one is sent.
+/// More commands than this waiting for an answer of one cluster after their deadline: no further one is sent to it.
 const UNANSWERED: usize = 64;
 /// Enough for librados' own frames. Memory is taken only where it is touched.
 const STACK: usize = 512 << 10;
@@ -90,7 +90,8 @@ struct Pool {
 /// Commands whose deadline has passed.
 #[derive(Default)]
 struct Waiting {
-    count: usize,
+    /// By cluster: one that hangs holds up no other.
+    counts: BTreeMap<String, usize>,
     subvolumes: BTreeSet<String>,
 }
 
@@ -198,8 +199,9 @@ impl Control {
         let Command { target, prefix, arguments, changes } = command;
         {
             let waiting = locked(&self.waiting);
-            if waiting.count >= UNANSWERED {
-                let message = format!("cluster {} has not answered {} commands yet", cluster.name, waiting.count);
+            let count = waiting.counts.get(&cluster.name).copied().unwrap_or_default();
+            if count >= UNANSWERED {
+                let message = format!("cluster {} has not answered {count} commands yet", cluster.name);
                 return Err(Trouble::Unanswered(Error::new(ErrorKind::Unreachable, message)));
             }
             if let Some(subvolume) = changes.as_ref().filter(|subvolume| waiting.subvolumes.contains(*subvolume)) {
@@ -213,14 +215,16 @@ impl Control {
         let (sender, receiver) = mpsc::sync_channel(1);
         let thread = std::thread::Builder::new().name("ceph-command".to_owned()).stack_size(STACK);
         let started = thread.spawn({
-            let (waiting, changes) = (self.waiting.clone(), changes.clone());
+            let (waiting, changes, cluster) = (self.waiting.clone(), changes.clone(), cluster.name.clone());
             move || {
                 let result = session.connection.command(target, &text);
                 drop(session);
                 // Whoever gave it up has written it down before this lock is free.
                 let mut waiting = locked(&waiting);
                 if sender.try_send(result).is_err() {
-                    waiting.count -= 1;
+                    if let Some(count) = waiting.counts.get_mut(&cluster) {
+                        *count -= 1;
+                    }
                     if let Some(subvolume) = changes {
                         waiting.subvolumes.remove(&subvolume);
                     }
@@ -243,7 +247,7 @@ impl Control {
                     return result.map_err(Trouble::Refused);
                 }
                 drop(receiver);
-                waiting.count += 1;
+                *waiting.counts.entry(cluster.name.clone()).or_default() += 1;
                 let kind = if changes.is_some() { ErrorKind::OutcomeUnknown } else { ErrorKind::Unreachable };
                 waiting.subvolumes.extend(changes);
                 let who = if target == Target::Manager { "manager" } else { "monitor" };

@@ -27,6 +27,8 @@ struct Double {
     faults: Mutex<BTreeMap<&'static str, Fault>>,
     connections: AtomicUsize,
     commands: Mutex<Vec<String>>,
+    /// No command is answered.
+    is_hung: Mutex<bool>,
     /// Commands that hang go on when it is true.
     released: Mutex<bool>,
     release: Condvar,
@@ -59,6 +61,13 @@ impl Connector for Handle {
     }
 }
 
+impl Double {
+    fn let_go(&self) {
+        *self.released.lock().unwrap() = true;
+        self.release.notify_all();
+    }
+}
+
 impl Ceph for Handle {
     fn fsid(&self) -> &str {
         "8833edaa-7b93-432c-ad33-eebf3b535547"
@@ -69,7 +78,10 @@ impl Ceph for Handle {
         let text = |key: &str| command[key].as_str().unwrap_or_default().to_owned();
         let prefix = text("prefix");
         self.0.commands.lock().unwrap().push(prefix.clone());
-        let fault = self.0.faults.lock().unwrap().remove(prefix.as_str());
+        let fault = match *self.0.is_hung.lock().unwrap() {
+            true => Some(Fault::Hang),
+            false => self.0.faults.lock().unwrap().remove(prefix.as_str()),
+        };
         match fault {
             Some(Fault::Refuse(errno, message)) => return Err(Failure { errno, message: message.to_owned() }),
             Some(Fault::Say(text)) => return Ok(text.as_bytes().to_vec()),
@@ -125,6 +137,7 @@ fn backend() -> (Arc<Double>, Cephfs) {
     let text = "
 clusters:
   - {name: main, monitors: ['v2:here:1']}
+  - {name: other, monitors: ['v2:there:1']}
   - {name: gone, monitors: ['v2:gone:1']}
 drivers: [{backend: cephfs, socket: /run/x}]";
     let config = Config::parse(text, &|_| None).unwrap();
@@ -213,13 +226,36 @@ fn a_change_that_was_not_answered_keeps_later_ones_of_its_volume_away() {
     let range = CapacityRange::new(64 << 20, 0).unwrap();
     assert_eq!(cephfs.ensure_size(&slow, range, &secrets("right")).unwrap_err().kind(), ErrorKind::Busy);
     cephfs.ensure_absent(&other, &secrets("right")).unwrap();
-    *double.released.lock().unwrap() = true;
-    double.release.notify_all();
+    double.let_go();
     let end = Instant::now() + Duration::from_secs(10);
     while cephfs.ensure_absent(&slow, &secrets("right")).is_err() {
         assert!(Instant::now() < end, "it stays away for ever");
     }
     create(&cephfs, "slow").unwrap();
+}
+
+#[test]
+fn a_cluster_that_answers_nothing_holds_up_no_other() {
+    let (double, cephfs) = backend();
+    let mine = create(&cephfs, "mine").unwrap().id;
+    *double.is_hung.lock().unwrap() = true;
+    std::thread::scope(|scope| {
+        for _ in 0..80 {
+            scope.spawn(|| assert!(cephfs.find(&mine, &secrets("right")).is_err()));
+        }
+    });
+    *double.is_hung.lock().unwrap() = false;
+    let error = cephfs.find(&mine, &secrets("right")).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Unreachable, "{error}");
+    assert!(error.to_string().contains("cluster main has not answered"), "{error}");
+    let spec = spec("other", "other");
+    let other = cephfs.volume_id(&spec.name, &spec.parameters).unwrap();
+    assert!(cephfs.find(&other, &secrets("right")).unwrap().is_none());
+    double.let_go();
+    let end = Instant::now() + Duration::from_secs(10);
+    while cephfs.find(&mine, &secrets("right")).is_err() {
+        assert!(Instant::now() < end, "it stays away for ever");
+    }
 }
 
 #[test]
