@@ -156,6 +156,11 @@ impl Snapshots for Cephfs {
         Ok(found)
     }
 
+    /// Who deletes the volume looks whether anybody shows its snapshots: nobody may begin to in between.
+    fn needs_volume(&self, id: &SnapshotId) -> Option<VolumeId> {
+        SnapshotAddress::of(id)?.subvolume.id().ok()
+    }
+
     fn ensure_restored(&self, id: &VolumeId, spec: &Spec, source: &SnapshotId, secrets: &Secrets) -> Result<Volume> {
         let class = ClassParameters::parse(&spec.parameters)?;
         let Some(address) = SnapshotAddress::of(source) else {
