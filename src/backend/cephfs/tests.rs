@@ -195,6 +195,35 @@ fn what_ceph_refuses_becomes_an_error_that_says_what_to_do() {
 }
 
 #[test]
+fn a_volume_that_cannot_be_as_asked_for_leaves_nothing() {
+    let (double, cephfs) = backend();
+    let mut spec = spec("x", "main");
+    spec.parameters.insert("pin".to_owned(), "export=1".to_owned());
+    let id = cephfs.volume_id(&spec.name, &spec.parameters).unwrap();
+    for (errno, kind) in [(Errno::INVAL, ErrorKind::Invalid), (Errno::ACCESS, ErrorKind::Denied)] {
+        double.faults.lock().unwrap().insert("fs subvolume pin", Fault::Refuse(errno, "no"));
+        assert_eq!(cephfs.ensure_volume(&id, &spec, &secrets("right")).unwrap_err().kind(), kind);
+        assert!(double.subvolumes.lock().unwrap().is_empty());
+    }
+}
+
+#[test]
+fn a_new_volume_has_the_quota_of_its_attributes_class() {
+    let (_, cephfs) = backend();
+    let mut spec = spec("x", "main");
+    spec.mutable.insert("quota".to_owned(), "64Mi".to_owned());
+    let id = cephfs.volume_id(&spec.name, &spec.parameters).unwrap();
+    for _ in 0..2 {
+        assert_eq!(cephfs.ensure_volume(&id, &spec, &secrets("right")).unwrap().size, 64 << 20);
+    }
+    spec.name = Name::new("y").unwrap();
+    spec.capacity = Some(CapacityRange::new(0, 32 << 20).unwrap());
+    let id = cephfs.volume_id(&spec.name, &spec.parameters).unwrap();
+    let error = cephfs.ensure_volume(&id, &spec, &secrets("right")).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::OutOfRange, "{error}");
+}
+
+#[test]
 fn a_call_whose_answer_was_lost_is_finished_by_the_next() {
     let (double, cephfs) = backend();
     for step in ["fs subvolume create", "fs subvolume metadata set"] {
