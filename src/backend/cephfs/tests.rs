@@ -141,7 +141,7 @@ clusters:
   - {name: gone, monitors: ['v2:gone:1']}
 drivers: [{backend: cephfs, socket: /run/x}]";
     let config = Config::parse(text, &|_| None).unwrap();
-    let control = Control::new(Box::new(Handle(double.clone())), DEADLINE, Arc::new(Metrics::default()));
+    let control = Control::new(Arc::new(Handle(double.clone())), DEADLINE, Arc::new(Metrics::default()));
     (double, Cephfs::over(control, &config))
 }
 
@@ -317,6 +317,20 @@ fn those_who_wait_for_a_connection_share_its_failure() {
     });
     assert!(double.connections.load(Ordering::SeqCst) < 10, "{:?}", double.connections);
     assert!(begun.elapsed() < Duration::from_secs(5));
+}
+
+#[test]
+fn a_monitor_that_hangs_once_it_is_connected_is_given_up() {
+    let (double, cephfs) = backend();
+    let spec = spec("x", "main");
+    let id = cephfs.volume_id(&spec.name, &spec.parameters).unwrap();
+    double.faults.lock().unwrap().insert("mon dump", Fault::Hang);
+    let begun = Instant::now();
+    let error = cephfs.find(&id, &secrets("right")).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Unreachable, "{error}");
+    assert!(begun.elapsed() >= DEADLINE && begun.elapsed() < 20 * DEADLINE);
+    assert!(cephfs.find(&id, &secrets("right")).unwrap().is_none());
+    double.let_go();
 }
 
 #[test]
