@@ -176,6 +176,11 @@ pub trait Snapshots {
         secrets: &Secrets,
     ) -> Result<Page<Snapshot>>;
 
+    /// The volume that nobody may delete while another is made from the snapshot; `None`: the snapshot is enough.
+    fn needs_volume(&self, _: &SnapshotId) -> Option<VolumeId> {
+        None
+    }
+
     /// Makes a volume with a snapshot's contents, or finds it.
     ///
     /// # Errors

@@ -95,19 +95,19 @@ impl Front {
         ids: impl IntoIterator<Item = String>,
         work: impl FnOnce() -> Result<T> + Send + 'static,
     ) -> Result<T> {
-        self.work_with(ids, None, work).await
+        self.work_with(ids, Vec::new(), work).await
     }
 
-    /// The same, while another thing is held still for it: one whose contents it reads, which others may read too.
+    /// The same, while other things are held still for it: those whose contents it reads, which others may read too.
     pub(super) async fn work_with<T: Send + 'static>(
         &self,
         ids: impl IntoIterator<Item = String>,
-        source: Option<String>,
+        sources: Vec<String>,
         work: impl FnOnce() -> Result<T> + Send + 'static,
     ) -> Result<T> {
         // In order, so that two calls never wait for each other.
         let alone: BTreeSet<String> = ids.into_iter().collect();
-        let all: BTreeSet<String> = alone.iter().cloned().chain(source).collect();
+        let all: BTreeSet<String> = alone.iter().cloned().chain(sources).collect();
         let (mut guards, patience) = (Vec::new(), self.deadlines.lock);
         for id in all {
             guards.push(match alone.contains(&id) {

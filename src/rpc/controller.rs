@@ -41,7 +41,11 @@ impl Controller for Front {
             let backend = self.backend.controller.clone();
             backend.check(&spec.capabilities, &spec.parameters, &spec.mutable)?;
             let id = backend.volume_id(&spec.name, &spec.parameters)?;
-            let held_still = source.as_ref().map(|source| source.id().to_owned());
+            let mut held_still: Vec<_> = source.iter().map(|source| source.id().to_owned()).collect();
+            if let Some(Source::Snapshot(snapshot)) = &source {
+                let volume = backend.snapshots().and_then(|snapshots| snapshots.needs_volume(snapshot));
+                held_still.extend(volume.map(|volume| volume.to_string()));
+            }
             let volume = self
                 .work_with([id.to_string()], held_still, move || match source {
                     None => backend.ensure_volume(&id, &spec, &secrets),

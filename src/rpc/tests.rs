@@ -8,7 +8,7 @@ use std::time::Duration;
 use tonic::{Code, Request};
 
 use super::Front;
-use crate::backend::{Backend, Controller, Growth, Modification, Node, Stage};
+use crate::backend::{Backend, Controller, Growth, Modification, Node, Page, PageRequest, Snapshots, Stage};
 use crate::config::Deadlines;
 use crate::error::Result;
 use crate::locks::Locks;
@@ -17,13 +17,17 @@ use crate::proto::csi::controller_server::Controller as ControllerService;
 use crate::proto::csi::identity_server::Identity as IdentityService;
 use crate::proto::csi::node_server::Node as NodeService;
 use crate::secrets::Secrets;
-use crate::volume::{Capability, CapacityRange, MountPath, Name, NodeName, Parameters, Spec, Volume, VolumeId};
+use crate::volume::{
+    Capability, CapacityRange, MountPath, Name, NodeName, Parameters, Snapshot, SnapshotId, Spec, Topology, Volume,
+    VolumeId,
+};
 
 /// Has volumes called `present`, panics at `cursed`, and takes its time over `slow`.
 #[derive(Default)]
 struct Toy {
     grows: bool,
     modifies: bool,
+    freezes: bool,
     /// `slow` ends when this turns true.
     released: AtomicBool,
     finished: AtomicBool,
@@ -60,6 +64,31 @@ impl Controller for Toy {
     }
     fn modification(&self) -> Option<&dyn Modification> {
         self.modifies.then_some(self as _)
+    }
+    fn snapshots(&self) -> Option<&dyn Snapshots> {
+        self.freezes.then_some(self as _)
+    }
+}
+
+/// Has none, but says of `VOLUME@NAME` what it was taken of.
+impl Snapshots for Toy {
+    fn ensure_snapshot(&self, _: &Name, _: &VolumeId, _: &Parameters, _: &[Topology], _: &Secrets) -> Result<Snapshot> {
+        fail!(Exhausted, "a toy has no room")
+    }
+    fn ensure_snapshot_absent(&self, _: &SnapshotId, _: &Secrets) -> Result<()> {
+        Ok(())
+    }
+    fn find_snapshot(&self, _: &SnapshotId, _: &Secrets) -> Result<Option<Snapshot>> {
+        Ok(None)
+    }
+    fn list_snapshots(&self, _: Option<&VolumeId>, _: &PageRequest, _: &Secrets) -> Result<Page<Snapshot>> {
+        Ok(Page { entries: Vec::new(), next: None })
+    }
+    fn needs_volume(&self, id: &SnapshotId) -> Option<VolumeId> {
+        VolumeId::new(id.as_str().split_once('@')?.0).ok()
+    }
+    fn ensure_restored(&self, _: &VolumeId, _: &Spec, source: &SnapshotId, _: &Secrets) -> Result<Volume> {
+        fail!(NotFound, "{source} does not exist")
     }
 }
 
@@ -225,4 +254,41 @@ async fn a_call_past_its_deadline_is_answered_and_its_work_ends_under_the_lock()
         tokio::time::sleep(Duration::from_millis(10)).await;
     }
     assert!(toy.finished.load(Ordering::SeqCst));
+}
+
+#[tokio::test]
+async fn the_volume_of_a_snapshot_is_held_still_while_that_is_restored() {
+    use csi::volume_content_source::{SnapshotSource, Type};
+    let (front, toy) = front(Toy { freezes: true, ..Toy::default() });
+    let delete = tokio::spawn({
+        let front = front.clone();
+        async move {
+            let request = csi::DeleteVolumeRequest { volume_id: "slow".to_owned(), ..Default::default() };
+            front.delete_volume(Request::new(request)).await
+        }
+    });
+    while front.is_idle() {
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+    let restore = |snapshot: &str| {
+        let snapshot_id = snapshot.to_owned();
+        let request = csi::CreateVolumeRequest {
+            name: "new".to_owned(),
+            volume_capabilities: vec![csi::VolumeCapability {
+                access_mode: Some(csi::volume_capability::AccessMode { mode: 1 }),
+                access_type: Some(csi::volume_capability::AccessType::Block(csi::volume_capability::BlockVolume {})),
+            }],
+            volume_content_source: Some(csi::VolumeContentSource {
+                r#type: Some(Type::Snapshot(SnapshotSource { snapshot_id })),
+            }),
+            ..Default::default()
+        };
+        let front = front.clone();
+        async move { front.create_volume(Request::new(request)).await.unwrap_err().code() }
+    };
+    assert_eq!(restore("slow@s").await, Code::Aborted);
+    assert_eq!(restore("other@s").await, Code::NotFound);
+    toy.released.store(true, Ordering::SeqCst);
+    delete.await.unwrap().unwrap();
+    assert_eq!(restore("slow@s").await, Code::NotFound);
 }

@@ -72,7 +72,7 @@ pub(super) enum Trouble {
 }
 
 pub(super) struct Control {
-    connector: Box<dyn Connector>,
+    connector: Arc<dyn Connector>,
     deadline: Duration,
     pub(super) idle: Duration,
     metrics: Arc<Metrics>,
@@ -148,7 +148,7 @@ impl Session {
 }
 
 impl Control {
-    pub(super) fn new(connector: Box<dyn Connector>, deadline: Duration, metrics: Arc<Metrics>) -> Self {
+    pub(super) fn new(connector: Arc<dyn Connector>, deadline: Duration, metrics: Arc<Metrics>) -> Self {
         let (pool, waiting, threads) = Default::default();
         Self { connector, deadline, idle: IDLE, metrics, pool, waiting, threads }
     }
@@ -209,14 +209,28 @@ impl Control {
         Err(Trouble::Unanswered(cannot_connect(cluster, &account.user, &failure)))
     }
 
+    /// On a thread of its own: librados keeps to its time limit only until it is connected.
     fn connect(&self, cluster: &Cluster, account: &Account) -> Result<Session, Failure> {
         let monitors = cluster.monitors.join(",");
-        let patience = CONNECT.min(self.deadline);
-        let connection = self.connector.connect(&monitors, &account.user, &account.key, patience)?;
-        let map = connection.command(Target::Monitor, r#"{"prefix":"mon dump","format":"json"}"#)?;
-        let monitors = monitor_addresses(&map).unwrap_or(monitors).into();
-        tracing::info!(cluster = cluster.name, user = account.user, fsid = connection.fsid(), "connected to Ceph");
-        Ok(Session { connection, monitors })
+        let (user, key) = (account.user.clone(), account.key.clone());
+        let (connector, patience) = (self.connector.clone(), CONNECT.min(self.deadline));
+        let (sender, receiver) = mpsc::sync_channel(1);
+        let started = std::thread::Builder::new().name("ceph-connect".to_owned()).spawn(move || {
+            let connect = || {
+                let connection = connector.connect(&monitors, &user, &key, patience)?;
+                let map = connection.command(Target::Monitor, r#"{"prefix":"mon dump","format":"json"}"#)?;
+                let monitors = monitor_addresses(&map).unwrap_or(monitors).into();
+                Ok(Session { connection, monitors })
+            };
+            // Whoever asked may have left.
+            let _ = sender.send(connect());
+        });
+        let failure = |errno, message: String| Failure { errno, message };
+        started.map_err(|error| failure(Errno::AGAIN, format!("cannot start a thread to connect: {error}")))?;
+        let unanswered = |_| failure(Errno::TIMEDOUT, String::new());
+        let session = receiver.recv_timeout(self.deadline).map_err(unanswered)??;
+        tracing::info!(cluster = cluster.name, user = account.user, fsid = session.fsid(), "connected to Ceph");
+        Ok(session)
     }
 
     fn send(&self, cluster: &Cluster, session: Session, command: Command) -> Result<Vec<u8>, Trouble> {

@@ -11,7 +11,7 @@ use super::snapshots::check_not_shown;
 use super::{COPY_PATIENCE, Cephfs};
 use crate::backend::{Cloning, Controller, Growth, Listing, Modification, Page, PageRequest, Snapshots, VolumeHealth};
 use crate::config::Cluster;
-use crate::error::Result;
+use crate::error::{ErrorKind, Result};
 use crate::host::Errno;
 use crate::secrets::Secrets;
 use crate::volume::{
@@ -46,9 +46,14 @@ impl Controller for Cephfs {
         let (size, path) = match group.info(name)? {
             State::Copying => fail!(Conflict, "{id} exists, and is being made from a source"),
             State::Absent | State::Retained | State::HalfMade => {
-                let size = choose_size(spec.capacity, DEFAULT_SIZE)?;
+                let size = choose_size(spec, DEFAULT_SIZE)?;
                 group.create(name, &creation(&class, Some(size)))?;
-                self.finish(&group, id, name, spec, &class)?;
+                self.finish(&group, id, name, spec, &class).inspect_err(|error| {
+                    // Nobody has to ask again after this, nor delete: nothing may stay.
+                    if matches!(error.kind(), ErrorKind::Invalid | ErrorKind::Denied) {
+                        let _ = group.remove(name);
+                    }
+                })?;
                 (size, group.path(name)?)
             }
             State::Present(info) => {
@@ -58,7 +63,7 @@ impl Controller for Cephfs {
                     None if !is_finished => {}
                     size => compare(id, size.unwrap_or(u64::MAX), &info, spec, &class)?,
                 }
-                let size = info.size.map_or_else(|| choose_size(spec.capacity, DEFAULT_SIZE), Ok)?;
+                let size = info.size.map_or_else(|| choose_size(spec, DEFAULT_SIZE), Ok)?;
                 if !is_finished {
                     // Not handed out yet: what the class wants is set again.
                     group.create(name, &creation(&class, Some(size)))?;
@@ -172,10 +177,7 @@ impl Cephfs {
 
     /// What makes a volume complete. The notes come last: with them it is known to be.
     fn finish(&self, group: &Group<'_>, id: &VolumeId, name: &str, spec: &Spec, class: &ClassParameters) -> Result<()> {
-        let mutable = MutableParameters::parse(&spec.mutable)?;
-        if let Some(pin) = mutable.pin.as_ref().or(class.pin.as_ref()) {
-            set_pin(group, name, pin)?;
-        }
+        ensure_pinned(group, name, spec, class)?;
         VolumeNotes::of(spec).write(group, name)?;
         self.settle(id);
         Ok(())
@@ -464,7 +466,6 @@ impl Modification for Cephfs {
         let wanted = MutableParameters::parse(mutable)?;
         self.change(id, secrets, |group, name, info| {
             if let Some(quota) = wanted.quota {
-                let quota = quota.next_multiple_of(STEP);
                 if info.size.is_some_and(|size| quota < size) {
                     let size = format_bytes(info.size.unwrap_or_default());
                     fail!(Invalid, "{id} has {size} already, and volumes never shrink: write a larger quota");
@@ -508,8 +509,20 @@ fn set_pin(group: &Group<'_>, name: &str, pin: &Pin) -> Result<()> {
     group.pin(name, pin.kind, &pin.setting)
 }
 
-pub(super) fn choose_size(range: Option<CapacityRange>, default: u64) -> Result<u64> {
-    range.map_or(Ok(default), |range| range.choose(default, STEP, STEP))
+/// What a new volume's VolumeAttributesClass wants, or else its class.
+pub(super) fn ensure_pinned(group: &Group<'_>, name: &str, spec: &Spec, class: &ClassParameters) -> Result<()> {
+    let mutable = MutableParameters::parse(&spec.mutable)?;
+    mutable.pin.as_ref().or(class.pin.as_ref()).map_or(Ok(()), |pin| set_pin(group, name, pin))
+}
+
+/// The size of a new volume: as asked for, and at least the quota of its VolumeAttributesClass.
+pub(super) fn choose_size(spec: &Spec, default: u64) -> Result<u64> {
+    let size = spec.capacity.map_or(Ok(default), |range| range.choose(default, STEP, STEP))?;
+    let quota = MutableParameters::parse(&spec.mutable)?.quota.unwrap_or_default();
+    if quota > size && spec.capacity.is_some_and(|range| !range.allows(quota)) {
+        fail!(OutOfRange, "the quota {} of the VolumeAttributesClass is above the limit", format_bytes(quota));
+    }
+    Ok(size.max(quota))
 }
 
 pub(super) fn creation(class: &ClassParameters, size: Option<u64>) -> Creation<'_> {

@@ -7,7 +7,7 @@
 
 use std::time::{Duration, Instant};
 
-use super::controller::{STEP, choose_size};
+use super::controller::{STEP, choose_size, ensure_pinned};
 use super::group::{Group, State};
 use super::names::{Address, SnapshotAddress, Subvolume};
 use super::notes::{SnapshotNotes, VolumeNotes};
@@ -111,7 +111,7 @@ impl Cephfs {
     ) -> Result<Volume> {
         let target = self.subvolume_for(&spec.name, class)?;
         let name = &target.name;
-        let size = choose_size(spec.capacity, origin.size.max(STEP))?;
+        let size = choose_size(spec, origin.size.max(STEP))?;
         if size < origin.size {
             fail!(OutOfRange, "a volume made from {:?} needs at least {}", origin.content, format_bytes(origin.size));
         }
@@ -147,6 +147,7 @@ impl Cephfs {
         if info.size.is_none_or(|present| present < size) {
             group.resize(name, size)?;
         }
+        ensure_pinned(group, name, spec, class)?;
         if origin.is_temporary {
             self.forget(group, &origin.subvolume.name, &origin.snapshot)?;
         }

@@ -56,7 +56,7 @@ type Unanswered = Finding;
 
 /// Looks at a cluster. A command has to be answered within `deadline`; after one that is not, no other is sent.
 pub fn examine(cluster: &Cluster, users: Users<'_>, deadline: Duration) -> Vec<Finding> {
-    let control = Control::new(Box::new(Rados::default()), deadline, Arc::new(Metrics::default()));
+    let control = Control::new(Arc::new(Rados::default()), deadline, Arc::new(Metrics::default()));
     let mut findings = monitors(cluster);
     let one_answers = findings.iter().any(|finding| finding.verdict == Verdict::Fine);
     match Librados::load() {

@@ -50,7 +50,7 @@ pub struct Cephfs {
 impl Cephfs {
     /// The back end over these clusters. Nothing is connected yet.
     pub fn new(config: &config::Config, metrics: Arc<Metrics>) -> Arc<Self> {
-        let control = Control::new(Box::new(Rados::default()), config.deadlines.ceph, metrics);
+        let control = Control::new(Arc::new(Rados::default()), config.deadlines.ceph, metrics);
         Arc::new(Self::over(control, config))
     }
 

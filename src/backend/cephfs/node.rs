@@ -95,8 +95,8 @@ impl Cephfs {
             fail!(Invalid, "path {path:?} of the volume's attributes is not absolute");
         }
         let inner = get("snapshotPath");
-        if inner.split('/').any(|part| part == "..") || inner.starts_with('/') {
-            fail!(Invalid, "snapshotPath {inner:?} of the volume's attributes does not lie in the volume");
+        if !inner.is_empty() && !is_in_a_snapshot(inner) {
+            fail!(Invalid, "snapshotPath {inner:?} of the volume's attributes is not .snap/SNAPSHOT/FOLDER");
         }
         let is_own = inner.is_empty() && address.covers(path);
         let is_snapshot = !inner.is_empty()
@@ -132,6 +132,13 @@ impl Cephfs {
             Health::Alive | Health::Silent => None,
         })
     }
+}
+
+/// Without that, it would show what other volumes of the group hold now.
+fn is_in_a_snapshot(inner: &str) -> bool {
+    let parts: Vec<_> = inner.split('/').collect();
+    let is_plain = |part: &&str| !matches!(*part, "" | "." | ".." | ".snap");
+    matches!(parts.as_slice(), [".snap", rest @ ..] if rest.len() == 2 && rest.iter().all(is_plain))
 }
 
 impl Stats for Cephfs {
@@ -184,5 +191,29 @@ impl NodeHealth for Cephfs {
         }
         let message = format!("no monitor can be reached from this node of: {}", names.join(", "));
         Ok(vec![StorageProblem { status: StorageHealth::Unreachable, reason: "MonitorsUnreachable", message }])
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_a_volume_shows_instead_of_itself_lies_in_a_snapshot() {
+        assert!(is_in_a_snapshot(".snap/snap-1/0b5c6b43-6b64-4f44-a0c3-a3a4f0e0f1d2"));
+        for bad in [
+            "u",
+            "vol-1/u",
+            ".",
+            ".snap",
+            ".snap/s",
+            ".snap/../u",
+            ".snap/./u",
+            ".snap//u",
+            "/.snap/s/u",
+            ".snap/s/u/x",
+        ] {
+            assert!(!is_in_a_snapshot(bad), "{bad}");
+        }
     }
 }

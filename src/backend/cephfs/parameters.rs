@@ -1,5 +1,6 @@
 //! What a class, a VolumeAttributesClass and mount options may say: one struct for each, unknown keys refused.
 
+use super::controller::STEP;
 use crate::error::Result;
 use crate::volume::{Access, Capability, MountFlag, Parameters, parse_bytes};
 
@@ -75,7 +76,7 @@ impl MutableParameters {
         for (key, value) in parameters {
             match key.as_str() {
                 "pin" => parsed.pin = Some(Pin::parse(value)?),
-                "quota" => parsed.quota = Some(parse_bytes(value)?),
+                "quota" => parsed.quota = Some(quota(value)?),
                 _ => fail!(Invalid, "mutable parameter {key:?} is not known; known: pin, quota"),
             }
         }
@@ -107,10 +108,19 @@ fn ceph_name(key: &str, value: &str) -> Result<String> {
     Ok(value.to_owned())
 }
 
+/// The manager refuses larger ones only when it has made half of the subvolume.
 fn number(key: &str, value: &str) -> Result<u32> {
     match value.parse() {
-        Ok(number) => Ok(number),
-        Err(_) => fail!(Invalid, "{key} {value:?} is not a number from 0 to {}", u32::MAX),
+        Ok(number) if i32::try_from(number).is_ok() => Ok(number),
+        _ => fail!(Invalid, "{key} {value:?} is not a number from 0 to {}", i32::MAX),
+    }
+}
+
+/// In the steps that sizes have.
+fn quota(value: &str) -> Result<u64> {
+    match parse_bytes(value)?.checked_next_multiple_of(STEP) {
+        Some(size) if i64::try_from(size).is_ok() => Ok(size),
+        _ => fail!(Invalid, "quota {value:?} is too large"),
     }
 }
 
@@ -256,6 +266,7 @@ mod tests {
             ("group", "a/b"),
             ("group", ".."),
             ("uid", "-1"),
+            ("uid", "2147483648"),
             ("mode", "999"),
             ("mode", "10000"),
             ("isolated", "yes"),
@@ -266,6 +277,8 @@ mod tests {
             assert_eq!(ClassParameters::parse(&map(&[bad])).unwrap_err().kind(), ErrorKind::Invalid, "{bad:?}");
         }
         assert_eq!(MutableParameters::parse(&map(&[("quota", "1Gi")])).unwrap().quota, Some(1 << 30));
+        assert_eq!(MutableParameters::parse(&map(&[("quota", "1")])).unwrap().quota, Some(4 << 20));
+        assert!(MutableParameters::parse(&map(&[("quota", "18446744073709551615")])).is_err());
         assert!(MutableParameters::parse(&map(&[("mode", "0700")])).is_err());
     }
 

@@ -132,8 +132,7 @@ impl Snapshots for Cephfs {
         let mut visit = |group: &Group<'_>, subvolume: &Subvolume| -> Result<bool> {
             for name in group.snapshots(&subvolume.name)? {
                 let address = subvolume.snapshot(&name);
-                let id = address.id()?;
-                let is_before = page.after.as_deref().is_some_and(|after| id.as_str() <= after);
+                let is_before = page.after.as_deref().is_some_and(|after| was_listed(&address, after));
                 if is_before || address.is_of_a_copy() {
                     continue;
                 }
@@ -154,6 +153,11 @@ impl Snapshots for Cephfs {
             Some(_) => {}
         }
         Ok(found)
+    }
+
+    /// Who deletes the volume looks whether anybody shows its snapshots: nobody may begin to in between.
+    fn needs_volume(&self, id: &SnapshotId) -> Option<VolumeId> {
+        SnapshotAddress::of(id)?.subvolume.id().ok()
     }
 
     fn ensure_restored(&self, id: &VolumeId, spec: &Spec, source: &SnapshotId, secrets: &Secrets) -> Result<Volume> {
@@ -306,6 +310,13 @@ fn describe(group: &Group<'_>, address: &SnapshotAddress) -> Result<Option<Snaps
     }))
 }
 
+/// Was the snapshot on a page that ended with this token? Volumes come in the order of their ids, which is not that of
+/// their snapshots' ids: `-` and `.` come before `@`.
+fn was_listed(snapshot: &SnapshotAddress, token: &str) -> bool {
+    let (volume, name) = token.split_once('@').unwrap_or((token, ""));
+    (snapshot.subvolume.to_string().as_str(), snapshot.name.as_str()) <= (volume, name)
+}
+
 /// `2026-11-22 13:20:16.184757`, in UTC, as the manager writes it.
 fn parse_time(text: &str) -> Option<SystemTime> {
     let (date, time) = text.split_once([' ', 'T'])?;
@@ -327,6 +338,23 @@ fn parse_time(text: &str) -> Option<SystemTime> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn pages_leave_out_no_volume_whose_name_begins_as_another() {
+        let mut tokens: Vec<String> = Vec::new();
+        for (volume, snapshot) in [("data", "s"), ("data", "t"), ("data-2", "s"), ("data.old", "s"), ("data2", "s")] {
+            let subvolume = Subvolume {
+                cluster: "main".to_owned(),
+                filesystem: "cephfs".to_owned(),
+                group: "csi".to_owned(),
+                name: volume.to_owned(),
+            };
+            let address = subvolume.snapshot(snapshot);
+            assert!(tokens.iter().all(|token| !was_listed(&address, token)), "{volume}@{snapshot}");
+            tokens.push(address.id().unwrap().as_str().to_owned());
+            assert!(was_listed(&address, tokens.last().unwrap()));
+        }
+    }
 
     #[test]
     fn the_managers_times_are_read() {

@@ -238,7 +238,7 @@ clusters:
   - {name: gone, monitors: ['v2:gone:1']}
 drivers: [{backend: cephfs, socket: /run/x}]";
     let config = Config::parse(text, &|_| None).unwrap();
-    let control = Control::new(Box::new(Handle(double.clone())), DEADLINE, Arc::new(Metrics::default()));
+    let control = Control::new(Arc::new(Handle(double.clone())), DEADLINE, Arc::new(Metrics::default()));
     Cephfs::over(control, &config)
 }
 
@@ -289,6 +289,35 @@ fn what_ceph_refuses_becomes_an_error_that_says_what_to_do() {
     }
     double.faults.lock().unwrap().insert("fs subvolume info", Fault::Say("{}"));
     assert_eq!(create(&cephfs, "refused").unwrap_err().kind(), ErrorKind::Internal);
+}
+
+#[test]
+fn a_volume_that_cannot_be_as_asked_for_leaves_nothing() {
+    let (double, cephfs) = backend();
+    let mut spec = spec("x", "main");
+    spec.parameters.insert("pin".to_owned(), "export=1".to_owned());
+    let id = cephfs.volume_id(&spec.name, &spec.parameters).unwrap();
+    for (errno, kind) in [(Errno::INVAL, ErrorKind::Invalid), (Errno::ACCESS, ErrorKind::Denied)] {
+        double.faults.lock().unwrap().insert("fs subvolume pin", Fault::Refuse(errno, "no"));
+        assert_eq!(cephfs.ensure_volume(&id, &spec, &secrets("right")).unwrap_err().kind(), kind);
+        assert!(double.subvolumes.lock().unwrap().is_empty());
+    }
+}
+
+#[test]
+fn a_new_volume_has_the_quota_of_its_attributes_class() {
+    let (_, cephfs) = backend();
+    let mut spec = spec("x", "main");
+    spec.mutable.insert("quota".to_owned(), "64Mi".to_owned());
+    let id = cephfs.volume_id(&spec.name, &spec.parameters).unwrap();
+    for _ in 0..2 {
+        assert_eq!(cephfs.ensure_volume(&id, &spec, &secrets("right")).unwrap().size, 64 << 20);
+    }
+    spec.name = Name::new("y").unwrap();
+    spec.capacity = Some(CapacityRange::new(0, 32 << 20).unwrap());
+    let id = cephfs.volume_id(&spec.name, &spec.parameters).unwrap();
+    let error = cephfs.ensure_volume(&id, &spec, &secrets("right")).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::OutOfRange, "{error}");
 }
 
 #[test]
@@ -385,6 +414,20 @@ fn those_who_wait_for_a_connection_share_its_failure() {
     });
     assert!(double.connections.load(Ordering::SeqCst) < 10, "{:?}", double.connections);
     assert!(begun.elapsed() < Duration::from_secs(5));
+}
+
+#[test]
+fn a_monitor_that_hangs_once_it_is_connected_is_given_up() {
+    let (double, cephfs) = backend();
+    let spec = spec("x", "main");
+    let id = cephfs.volume_id(&spec.name, &spec.parameters).unwrap();
+    double.faults.lock().unwrap().insert("mon dump", Fault::Hang);
+    let begun = Instant::now();
+    let error = cephfs.find(&id, &secrets("right")).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Unreachable, "{error}");
+    assert!(begun.elapsed() >= DEADLINE && begun.elapsed() < 20 * DEADLINE);
+    assert!(cephfs.find(&id, &secrets("right")).unwrap().is_none());
+    double.let_go();
 }
 
 #[test]
