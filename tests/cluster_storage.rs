@@ -513,9 +513,12 @@ async fn errors_say_what_to_do() {
 
     let mut elsewhere = Client::request("x", 16 * MI, &shared());
     elsewhere.parameters = map(&[("filesystem", "nofs")]);
-    elsewhere.secrets = cluster.admin_secret();
-    let message = refused(client.try_create(elsewhere).await, Code::InvalidArgument);
-    assert!(message.contains("it has: cephfs"), "{message}");
+    // Also for a user whose capabilities name one file system only.
+    for secrets in [cluster.admin_secret(), cluster.secret("PROVISIONER")] {
+        elsewhere.secrets = secrets;
+        let message = refused(client.try_create(elsewhere.clone()).await, Code::InvalidArgument);
+        assert!(message.contains("it has: cephfs"), "{message}");
+    }
     for (key, value) in [("fsName", "x"), ("mode", "9"), ("dataPool", "no/pool")] {
         let mut wrong = Client::request("x", 16 * MI, &shared());
         wrong.parameters = map(&[(key, value)]);
@@ -723,6 +726,29 @@ async fn commands_to_ceph_are_counted() {
     assert_eq!((count("fs subvolume info", 2), count("fs subvolume info", 0)), (1, 2), "{text}");
     assert_eq!((count("fs subvolume create", 0), count("fs subvolume rm", 0)), (1, 1));
     assert_eq!(count("fs subvolume metadata set", 0), 1);
+}
+
+/// > `berth volume` makes, mounts, grows and deletes a volume of cluster storage by hand, with a node's key from a file.
+#[tokio::test]
+async fn volumes_are_used_by_hand() {
+    let Some(cluster) = Cluster::lab() else { return };
+    let (lab, _client) = cluster.driver().await;
+    let (config, staging) = (lab.write_config(), lab.path("by-hand"));
+    let volume = |arguments: &[&str]| {
+        let fixed = ["volume", "--config", config.to_str().unwrap(), "--staging", staging.to_str().unwrap()];
+        run(env!("CARGO_BIN_EXE_berth"), &[&fixed[..], arguments].concat())
+    };
+    let place = lab.target("by-hand");
+    let key = cluster.key_file("NODE");
+    volume(&["create", "by-hand", "--size", "16Mi"]);
+    let node = ["--user", cluster.get("NODE_USER"), "--key-file", key.to_str().unwrap()];
+    volume(&[&["mount", "by-hand", &place][..], &node].concat());
+    write(Path::new(&place).join("file"), "by hand");
+    volume(&["grow", "by-hand", &place, "32Mi"]);
+    assert!(volume(&["list"]).contains("32Mi"));
+    volume(&["unmount", "by-hand", &place]);
+    volume(&["delete", "by-hand"]);
+    assert!(!volume(&["list"]).contains("by-hand"));
 }
 
 /// A lab without a driver is not mistaken for one: the name of a volume is only taken apart where it is one.

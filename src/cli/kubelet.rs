@@ -2,6 +2,7 @@
 //!
 //! The staging layout is kubelet's, in a folder that is not kubelet's: the two never meet.
 
+use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
@@ -19,6 +20,8 @@ pub(super) const STAGING: &str = "/var/lib/berth/staging";
 pub(super) struct Kubelet<'a> {
     pub(super) client: &'a Client,
     pub(super) staging: &'a Path,
+    /// As a class's node-stage and node-publish secrets.
+    pub(super) secrets: HashMap<String, String>,
 }
 
 /// The path as drivers want it: absolute, with no symbolic link before its last part.
@@ -88,6 +91,7 @@ impl Kubelet<'_> {
                 staging_target_path: text("staging path", staging)?.to_owned(),
                 volume_capability: Some(capability.clone()),
                 volume_context: volume.volume_context.clone(),
+                secrets: self.secrets.clone(),
                 ..csi::NodeStageVolumeRequest::default()
             };
             let staged = self.client.node()?.node_stage_volume(limited(request.clone())).await;
@@ -103,6 +107,7 @@ impl Kubelet<'_> {
             volume_capability: Some(capability),
             readonly: read_only,
             volume_context: volume.volume_context,
+            secrets: self.secrets.clone(),
             ..csi::NodePublishVolumeRequest::default()
         };
         let published = self.client.node()?.node_publish_volume(limited(request)).await;

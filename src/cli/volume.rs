@@ -2,6 +2,7 @@
 //!
 //! Everything goes over the socket: nothing here knows what a volume is made of.
 
+use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
@@ -147,6 +148,21 @@ pub struct Mount {
     /// It is a block volume: put its device there.
     #[arg(long)]
     pub block: bool,
+    /// The user of the storage that a class has in its node-stage secret, where the driver needs one.
+    #[arg(long, requires = "key_file")]
+    pub user: Option<String>,
+    /// The file that has this user's key and nothing else.
+    #[arg(long, value_name = "FILE", requires = "user")]
+    pub key_file: Option<PathBuf>,
+}
+
+impl Mount {
+    fn secrets(&self) -> Result<HashMap<String, String>> {
+        let (Some(user), Some(file)) = (&self.user, &self.key_file) else { return Ok(HashMap::new()) };
+        let key = std::fs::read_to_string(file).with_context(|| format!("cannot read {}", file.display()))?;
+        let pairs = [("userID", user.as_str()), ("userKey", key.trim())];
+        Ok(pairs.map(|(key, value)| (key.to_owned(), value.to_owned())).into())
+    }
 }
 
 fn parameter(text: &str) -> Result<(String, String), String> {
@@ -164,7 +180,11 @@ pub async fn run(arguments: VolumeArguments) -> Result<()> {
     let (controller, node) = arguments.connection.sockets()?;
     let client = Client::connect(&controller, node.as_deref()).await?;
     let staging = std::path::absolute(&arguments.connection.staging).context("cannot find the staging directory")?;
-    let kubelet = Kubelet { client: &client, staging: &staging };
+    let secrets = match &arguments.command {
+        VolumeCommand::Mount(mount) => mount.secrets()?,
+        _ => HashMap::new(),
+    };
+    let kubelet = Kubelet { client: &client, staging: &staging, secrets };
     let answer = match arguments.command {
         VolumeCommand::Orphans(command) => return orphans::run(&client, &command, arguments.json).await,
         command => answer(&kubelet, command).await?,
@@ -224,7 +244,7 @@ async fn answer(kubelet: &Kubelet<'_>, command: VolumeCommand) -> Result<Answer>
                 SnapshotView::from(found.with_context(|| format!("cannot show {id}: there is no such snapshot"))?);
             Answer { json: json!(view), text: table::snapshots(&[view]) }
         }
-        VolumeCommand::Mount(Mount { id, path, read_only, options, block }) => {
+        VolumeCommand::Mount(Mount { id, path, read_only, options, block, .. }) => {
             let id = resolve(client, id).await?;
             let access = if block { Access::Block } else { Access::Mount { filesystem: String::new(), options } };
             let path = kubelet.mount(&id, &path, &access, read_only).await?;

@@ -1,6 +1,7 @@
 //! What is asked for, and what there is.
 
 use std::collections::BTreeMap;
+use std::fmt;
 use std::time::SystemTime;
 
 use super::{CapacityRange, Name, NodeName, SnapshotId, VolumeId};
@@ -141,6 +142,15 @@ pub enum ContentSource {
     Snapshot(String),
     /// The contents that another volume has now.
     Volume(String),
+}
+
+impl fmt::Display for ContentSource {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Snapshot(id) => write!(f, "snapshot {id}"),
+            Self::Volume(id) => write!(f, "volume {id}"),
+        }
+    }
 }
 
 /// A place: label keys and values.

@@ -191,7 +191,7 @@ impl Cephfs {
         match VolumeNotes::read(group, name)? {
             None => Ok(false),
             Some(VolumeNotes { source: Some(source), .. }) => {
-                fail!(Conflict, "{id} exists, but was made from {source:?}")
+                fail!(Conflict, "{id} exists, but was made from {source}")
             }
             Some(_) => {
                 self.settle(id);

@@ -17,7 +17,7 @@ use crate::backend::Cloning;
 use crate::error::Result;
 use crate::host::Errno;
 use crate::secrets::Secrets;
-use crate::volume::{ContentSource, Spec, Volume, VolumeId, format_bytes};
+use crate::volume::{CapacityRange, ContentSource, Spec, Volume, VolumeId, format_bytes};
 
 /// Between two looks at a copy.
 const PAUSE: Duration = Duration::from_millis(200);
@@ -113,7 +113,7 @@ impl Cephfs {
         let name = &target.name;
         let size = choose_size(spec, origin.size.max(STEP))?;
         if size < origin.size {
-            fail!(OutOfRange, "a volume made from {:?} needs at least {}", origin.content, format_bytes(origin.size));
+            fail!(OutOfRange, "a volume made from {} needs at least {}", origin.content, format_bytes(origin.size));
         }
         match group.info(name)? {
             State::Absent | State::Retained | State::HalfMade => {
@@ -133,7 +133,7 @@ impl Cephfs {
                 if let Some(notes) = notes {
                     let size = info.size.unwrap_or_default();
                     if notes.source.as_ref() != Some(&origin.content) {
-                        fail!(Conflict, "{id} exists, but was made from {:?}", notes.source);
+                        fail!(Conflict, "{id} exists, but was made from {}", notes.origin());
                     }
                     if spec.capacity.is_some_and(|range| !range.allows(size)) {
                         fail!(Conflict, "{id} exists, but its size is {size} bytes");
@@ -147,13 +147,19 @@ impl Cephfs {
         if info.size.is_none_or(|present| present < size) {
             group.resize(name, size)?;
         }
+        // Of a snapshot whose volume is gone only the finished copy tells how large it was.
+        let size = info.size.unwrap_or_default().max(size);
+        if let Some(limit) = spec.capacity.and_then(CapacityRange::limit).filter(|limit| *limit < size) {
+            let (size, limit) = (format_bytes(size), format_bytes(limit));
+            fail!(OutOfRange, "a volume made from {} has {size}, and the limit is {limit}", origin.content);
+        }
         ensure_pinned(group, name, spec, class)?;
         if origin.is_temporary {
             self.forget(group, &origin.subvolume.name, &origin.snapshot)?;
         }
         let notes = VolumeNotes { source: Some(origin.content.clone()), ..VolumeNotes::of(spec) };
         notes.write(group, name)?;
-        self.describe(group, id, info.size.unwrap_or_default().max(size), &info.path, &notes)
+        self.describe(group, id, size, &info.path, &notes)
     }
 
     /// Gives a copy up that is not complete, and deletes what there is of it.
@@ -224,7 +230,8 @@ fn wait(group: &Group<'_>, target: &Subvolume, origin: &Origin) -> Result<()> {
         let copy = group.copy(&target.name)?;
         let wanted = (origin.subvolume.name.clone(), origin.snapshot.clone());
         if copy.source.as_ref().is_some_and(|source| *source != wanted) {
-            fail!(Conflict, "{target} exists, and is being copied from {:?}", copy.source);
+            let (volume, snapshot) = copy.source.unwrap_or_default();
+            fail!(Conflict, "{target} exists, and is being copied from {volume}@{snapshot}");
         }
         match copy.state.as_str() {
             "complete" => return Ok(()),

@@ -183,8 +183,12 @@ impl Group<'_> {
     }
 
     pub(super) fn path(&self, name: &str) -> Result<String> {
-        let command = self.command("fs subvolume getpath", name, [], false);
-        let answer = self.raw(command).map_err(Error::from)?;
+        let answer = match self.raw(self.command("fs subvolume getpath", name, [], false)) {
+            Err(refusal) if refusal.errno == Errno::NOENT => {
+                fail!(Busy, "{} vanished while it was made: try again", self.subvolume(name))
+            }
+            answer => answer?,
+        };
         Ok(String::from_utf8_lossy(&answer).trim().to_owned())
     }
 
@@ -395,7 +399,14 @@ impl Group<'_> {
         let prefix = command.prefix;
         self.control.ask(self.cluster, self.account, command).map_err(|trouble| match trouble {
             Trouble::Unanswered(error) => Refusal { errno: Errno::TIMEDOUT, error },
-            Trouble::Refused(failure) => self.refusal(prefix, failure),
+            Trouble::Refused(failure) => {
+                // Capabilities name the file system: one that is not there looks like one that is not allowed.
+                let is_denied = matches!(failure.errno, Errno::ACCESS | Errno::PERM) && prefix != "fs ls";
+                match is_denied.then(|| self.check_filesystem()) {
+                    Some(Err(error)) if error.kind() == ErrorKind::Invalid => Refusal { errno: failure.errno, error },
+                    _ => self.refusal(prefix, failure),
+                }
+            }
         })
     }
 

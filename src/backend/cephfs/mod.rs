@@ -25,7 +25,7 @@ use std::time::Duration;
 
 use super::Backend;
 use crate::config::{self, Cluster};
-use crate::error::{Context, Result};
+use crate::error::{Error, ErrorKind, Result};
 use crate::secrets::Secrets;
 use crate::telemetry::Metrics;
 use crate::volume::VolumeId;
@@ -133,8 +133,10 @@ impl Account {
 
     fn configured(account: &config::Account) -> Result<Self> {
         let file = &account.key_file;
-        let key = std::fs::read_to_string(file)
-            .context(|| format!("cannot read the key of client.{} in {}", account.user, file.display()))?;
+        let key = std::fs::read_to_string(file).map_err(|error| {
+            let what = format!("cannot read the key of client.{} in {}", account.user, file.display());
+            Error::caused(ErrorKind::Precondition, what, error)
+        })?;
         Self::new(&account.user, key.trim())
     }
 

@@ -81,7 +81,7 @@ impl Address {
             |folder: &str| shown.strip_prefix(folder).is_some_and(|rest| rest.is_empty() || rest.starts_with('/'));
         match self {
             Self::Subvolume(Subvolume { group, name, .. }) => inside(&format!("/volumes/{group}/{name}")),
-            Self::Path { path, .. } => inside(path),
+            Self::Path { path, .. } => path.trim_end_matches('/') == shown.trim_end_matches('/'),
         }
     }
 }

@@ -58,6 +58,11 @@ pub(super) struct SnapshotNotes {
 }
 
 impl VolumeNotes {
+    /// What it was made from, for an error.
+    pub(super) fn origin(&self) -> String {
+        self.source.as_ref().map_or("nothing".to_owned(), ToString::to_string)
+    }
+
     pub(super) fn read(group: &Group<'_>, name: &str) -> Result<Option<Self>> {
         group.metadata(name, KEY)?.map(|text| decode(&text, name)).transpose()
     }

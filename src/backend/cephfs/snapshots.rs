@@ -204,7 +204,7 @@ impl Cephfs {
                     return self.describe(group, id, size, &info.path, &notes).map(Some);
                 }
                 Some(notes) if notes.source.as_ref() == Some(&content) => return Ok(None),
-                Some(notes) => fail!(Conflict, "{id} exists, but was made from {:?}", notes.source),
+                Some(notes) => fail!(Conflict, "{id} exists, but was made from {}", notes.origin()),
                 None if info.is_copy => return Ok(None),
                 None if info.size.is_some() => {
                     fail!(Conflict, "{id} exists, and is no view of a snapshot")

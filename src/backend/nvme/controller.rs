@@ -149,7 +149,7 @@ impl Nvme {
             && size < origin.size
         {
             let least = format_bytes(origin.size);
-            fail!(OutOfRange, "a volume made from {:?} needs at least {least}", origin.source);
+            fail!(OutOfRange, "a volume made from {} needs at least {least}", origin.source);
         }
         if let Contents::Filesystem(kind) = contents
             && origin.as_ref().is_some_and(|origin| size > origin.size)
@@ -426,7 +426,7 @@ fn compare(present: &VolumeDescriptor, wanted: Wanted, spec: &Spec, origin: Opti
     } else if present.parameters != spec.parameters {
         format!("its parameters are {:?}", present.parameters)
     } else if present.source.as_ref() != origin.map(|origin| &origin.source) {
-        format!("it was made from {:?}", present.source)
+        present.source.as_ref().map_or("it was made empty".to_owned(), |source| format!("it was made from {source}"))
     } else {
         return Ok(());
     };

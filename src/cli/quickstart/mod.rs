@@ -167,7 +167,7 @@ fn is_empty(folder: &Path) -> bool {
 async fn delete_all(work: &Work) -> Result<()> {
     let client = Client::connect(&work.socket(), Some(&work.socket())).await?;
     let staging = work.staging();
-    let kubelet = Kubelet { client: &client, staging: &staging };
+    let kubelet = Kubelet { client: &client, staging: &staging, secrets: Default::default() };
     for volume in client.volumes().await? {
         let id = volume.volume_id;
         for place in kubelet.published(&id)? {

@@ -31,7 +31,7 @@ pub(super) async fn run(report: &mut Report, state: &mut State, work: &Work, siz
         })
         .await?;
     let staging = work.staging();
-    let kubelet = Kubelet { client: &client, staging: &staging };
+    let kubelet = Kubelet { client: &client, staging: &staging, secrets: Default::default() };
     let stop = report.stop.clone();
 
     let id = report.step("create a volume", create(&client, "quickstart", size, Origin::Empty)).await?;
