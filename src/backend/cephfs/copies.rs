@@ -7,11 +7,11 @@
 
 use std::time::{Duration, Instant};
 
-use super::controller::{STEP, choose_size, ensure_pinned};
+use super::controller::{choose_size, ensure_pinned};
 use super::group::{Group, State};
 use super::names::{Address, SnapshotAddress, Subvolume};
 use super::notes::{SnapshotNotes, VolumeNotes};
-use super::parameters::ClassParameters;
+use super::parameters::{ClassParameters, STEP};
 use super::{COPY_PATIENCE, Cephfs};
 use crate::backend::Cloning;
 use crate::error::Result;

@@ -10,8 +10,8 @@ use std::time::{Duration, Instant, SystemTime};
 use serde_json::Value;
 
 use super::control::{Account, Command, Control, Rados, Trouble};
-use super::controller::without_mds;
 use super::group::Group;
+use super::lists::without_mds;
 use crate::backend::{Finding, Verdict};
 use crate::config::{self, Cluster};
 use crate::error::ErrorKind;

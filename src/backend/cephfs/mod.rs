@@ -10,6 +10,7 @@ mod controller;
 mod copies;
 pub mod doctor;
 mod group;
+mod lists;
 mod mount;
 mod names;
 mod node;

@@ -1,8 +1,11 @@
 //! What a class, a VolumeAttributesClass and mount options may say: one struct for each, unknown keys refused.
 
-use super::controller::STEP;
+use super::group::Creation;
 use crate::error::Result;
 use crate::volume::{Access, Capability, MountFlag, Parameters, parse_bytes};
+
+/// Sizes are multiples of this: CephFS counts larger quotas in blocks of 4 MiB.
+pub(super) const STEP: u64 = 4 << 20;
 
 /// Parameters of a StorageClass for `cephfs.csi.berth.dev`.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -67,6 +70,20 @@ impl ClassParameters {
             }
         }
         Ok(parsed)
+    }
+}
+
+impl ClassParameters {
+    /// A subvolume as the class wants it, of this size in bytes.
+    pub(super) fn creation(&self, size: Option<u64>) -> Creation<'_> {
+        Creation {
+            size,
+            uid: self.uid,
+            gid: self.gid,
+            mode: self.mode.as_deref(),
+            data_pool: self.data_pool.as_deref(),
+            is_isolated: self.is_isolated,
+        }
     }
 }
 

@@ -12,7 +12,6 @@ use std::time::{Duration, SystemTime};
 
 use super::Cephfs;
 use super::control::Account;
-use super::controller::creation;
 use super::group::{Group, State};
 use super::names::{Address, SnapshotAddress, Subvolume, snapshot_name};
 use super::notes::{SnapshotNotes, SnapshotView, VolumeNotes};
@@ -226,7 +225,7 @@ impl Cephfs {
         // Before the volume: a volume that nobody looks for might lose its snapshot.
         group.set_snapshot_metadata(&source.subvolume.name, &source.name, &format!("{SHOWN_BY}{name}"), "true")?;
         if !is_there {
-            group.create(name, &creation(class, None))?;
+            group.create(name, &class.creation(None))?;
         }
         notes.write(group, name)?;
         let size = notes.shows.as_ref().map_or(0, |shown| shown.size);
