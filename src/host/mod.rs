@@ -6,11 +6,14 @@
 mod busy;
 pub mod ceph;
 pub mod command;
+pub mod descriptors;
 pub mod extents;
 pub mod files;
 pub mod filesystem;
+pub mod fuse;
 pub mod librados;
 pub mod loops;
+pub mod memory;
 pub mod mounts;
 pub mod paths;
 pub mod probe;
