@@ -5,6 +5,7 @@
 
 mod busy;
 pub mod ceph;
+pub mod channel;
 pub mod command;
 pub mod extents;
 pub mod files;
@@ -15,5 +16,6 @@ pub mod mounts;
 pub mod paths;
 pub mod probe;
 pub mod processes;
+pub mod workers;
 
 pub use rustix::io::Errno;

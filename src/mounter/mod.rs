@@ -3,3 +3,4 @@
 //! Skeleton of the interface; the bodies follow.
 
 pub mod client;
+mod protocol;
