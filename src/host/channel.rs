@@ -51,7 +51,8 @@ pub fn ask_for_sender(socket: impl AsFd) -> std::io::Result<()> {
 pub fn send(socket: impl AsFd, bytes: &[u8], descriptors: &[BorrowedFd<'_>]) -> std::io::Result<usize> {
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MOST_DESCRIPTORS))];
     let mut ancillary = SendAncillaryBuffer::new(&mut space);
-    if !descriptors.is_empty() && !ancillary.push(SendAncillaryMessage::ScmRights(descriptors)) {
+    let fits = descriptors.len() <= MOST_DESCRIPTORS;
+    if !fits || (!descriptors.is_empty() && !ancillary.push(SendAncillaryMessage::ScmRights(descriptors))) {
         return Err(std::io::ErrorKind::InvalidInput.into());
     }
     let slices = [IoSlice::new(bytes)];

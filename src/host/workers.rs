@@ -3,7 +3,7 @@
 
 use std::fs::File;
 use std::io::Read;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixListener;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
@@ -117,19 +117,6 @@ impl Process {
     /// Has it ended, within this time?
     pub fn has_ended(&self, patience: Duration) -> bool {
         has_event(&self.descriptor, PollFlags::IN, patience)
-    }
-}
-
-impl AsFd for Process {
-    /// Readable once the process has ended.
-    fn as_fd(&self) -> std::os::fd::BorrowedFd<'_> {
-        self.descriptor.as_fd()
-    }
-}
-
-impl AsRawFd for Process {
-    fn as_raw_fd(&self) -> std::os::fd::RawFd {
-        self.descriptor.as_raw_fd()
     }
 }
 

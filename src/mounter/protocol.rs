@@ -98,13 +98,16 @@ pub(super) enum Life {
     Ended { left: u64 },
 }
 
-/// How things stand in a worker.
+/// How things stand in a volume.
 #[derive(Clone, Copy, Debug, Default, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
-pub(super) struct Report {
-    pub(super) progress: Progress,
-    pub(super) used: u64,
-    pub(super) limit: Option<u64>,
+pub struct Report {
+    /// What lies only on this node, and more.
+    pub progress: Progress,
+    /// Bytes in use on all nodes.
+    pub used: u64,
+    /// The most that there may be.
+    pub limit: Option<u64>,
 }
 
 /// An error on its way to another process.
@@ -113,6 +116,12 @@ pub(super) struct Report {
 pub(super) struct Failure {
     kind: error::ErrorKind,
     message: String,
+}
+
+impl std::fmt::Display for Failure {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.message)
+    }
 }
 
 impl From<&error::Error> for Failure {
