@@ -3,6 +3,7 @@
 mod client;
 pub mod doctor;
 mod kubelet;
+pub mod mounter;
 mod orphans;
 pub mod quickstart;
 pub mod serve;
@@ -39,6 +40,11 @@ pub enum Command {
     Doctor(doctor::DoctorArguments),
     /// Make, mount, grow and delete volumes by hand, over a driver's socket.
     Volume(volume::VolumeArguments),
+    /// Keep mounts of object storage while drivers come and go, with a worker for each.
+    Mounter(mounter::MounterArguments),
+    /// Serve one mount; started by a mounter.
+    #[command(hide = true)]
+    Worker(mounter::WorkerArguments),
     /// See all of it work on this machine, without Kubernetes, and take it away again. Needs root.
     Quickstart(quickstart::QuickstartArguments),
 }

@@ -72,6 +72,27 @@ pub fn start(plan: &Plan<'_>, listener: UnixListener) -> Result<Worker> {
     Ok(Worker { child, process })
 }
 
+/// Starts this same program in the background, where it outlives this process: its output goes to the file.
+///
+/// # Errors
+/// `Internal` when it can't be started.
+pub fn start_in_background(arguments: &[String], log: File) -> Result<()> {
+    let what = || "cannot start a process in the background".to_owned();
+    let errors = log.try_clone().context(what)?;
+    #[expect(clippy::disallowed_methods, reason = "it is meant to outlive this process")]
+    let mut command = Command::new("/proc/self/exe");
+    command.arg0("berth").args(arguments).current_dir("/").stdin(Stdio::null()).stdout(log).stderr(errors);
+    #[expect(unsafe_code, reason = "the child leaves this process' session before it becomes the program")]
+    // SAFETY: between fork and exec only system calls are made, which allocate nothing and take no lock.
+    unsafe {
+        command.pre_exec(|| {
+            rustix::process::setsid()?;
+            only_standard_descriptors()
+        });
+    }
+    command.spawn().context(what).map(drop)
+}
+
 /// A process that was just started.
 pub struct Worker {
     child: Child,

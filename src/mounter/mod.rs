@@ -11,8 +11,10 @@
 pub mod client;
 mod folders;
 mod mounts;
+pub mod objects;
 mod protocol;
 pub mod server;
+pub mod start;
 pub mod worker;
 
 pub use folders::Users;

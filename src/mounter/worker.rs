@@ -276,3 +276,159 @@ impl Work {
 fn not_yet() -> Answer {
     Answer::Failed(Failure::from(&Error::new(ErrorKind::Precondition, "this worker has not begun")))
 }
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+    use std::sync::atomic::{AtomicU64, Ordering};
+
+    use tokio::sync::Notify;
+
+    use super::*;
+    use crate::objectfs::settings::{Checksums, Consistency, Endpoint};
+
+    /// Is "mounted" until told otherwise.
+    #[derive(Default)]
+    struct Toy {
+        unmounted: Notify,
+        left: AtomicU64,
+        renewed: Mutex<Option<Credentials>>,
+    }
+
+    #[async_trait]
+    impl Volume for Toy {
+        async fn serve(&self, _: OwnedFd, agreed: Box<dyn FnOnce(serde_json::Value) + Send>) -> Result<()> {
+            agreed(serde_json::json!({ "minor": 45 }));
+            self.unmounted.notified().await;
+            Ok(())
+        }
+        async fn finish(&self) -> u64 {
+            self.left.load(Ordering::Relaxed)
+        }
+        async fn commit(&self) {}
+        fn renew(&self, credentials: &Credentials) {
+            *self.renewed.lock().unwrap() = Some(credentials.clone());
+        }
+        fn report(&self) -> Report {
+            Report { used: 7, ..Report::default() }
+        }
+    }
+
+    struct Toys(Option<Arc<Toy>>);
+
+    #[async_trait]
+    impl Opener for Toys {
+        async fn open(&self, settings: Settings) -> Result<Arc<dyn Volume>> {
+            match &self.0 {
+                Some(toy) => Ok(toy.clone()),
+                None => fail!(Denied, "cannot open {}", settings.bucket),
+            }
+        }
+    }
+
+    fn settings() -> Settings {
+        let endpoint = Endpoint {
+            url: None,
+            region: "r".into(),
+            path_style: true,
+            ca: None,
+            checksums: Checksums::WhenRequired,
+            anonymous: false,
+            patience: 1,
+            stall: 1,
+        };
+        Settings {
+            id: "one".into(),
+            endpoint,
+            credentials: None,
+            bucket: "bucket".into(),
+            prefix: String::new(),
+            read_only: false,
+            consistency: Consistency::Strict,
+            uid: 0,
+            gid: 0,
+            file_mode: 0o644,
+            dir_mode: 0o755,
+            max_age: 1,
+            staging: "/s".into(),
+            cache: None,
+            cache_size: 0,
+            memory: 0,
+            limit: None,
+        }
+    }
+
+    fn begin() -> Order {
+        Order::Begin { settings: Box::new(settings()), mountpoint: "/mnt".into() }
+    }
+
+    async fn ask(connection: &mut Connection, order: &Order, descriptors: &[&OwnedFd]) -> Answer {
+        let descriptors: Vec<_> = descriptors.iter().map(AsFd::as_fd).collect();
+        connection.send(order, &descriptors).await.unwrap();
+        connection.expect::<Answer>().await.unwrap().message
+    }
+
+    async fn connect(socket: &Path) -> Connection {
+        Connection::new(UnixStream::connect(socket).await.unwrap()).unwrap()
+    }
+
+    #[tokio::test]
+    async fn a_second_mounter_gets_what_the_first_has_given_and_both_hear_of_the_end() {
+        let dir = tempfile::tempdir().unwrap();
+        let socket = dir.path().join("w.sock");
+        let listener = UnixListener::bind(&socket).unwrap();
+        let toy = Arc::new(Toy { left: AtomicU64::new(3), ..Toy::default() });
+        let opener = Toys(Some(toy.clone()));
+        let worker = tokio::spawn(async move { serve(listener, &opener).await });
+        let null: OwnedFd = std::fs::File::open("/dev/null").unwrap().into();
+
+        let mut first = connect(&socket).await;
+        assert!(matches!(ask(&mut first, &Order::Adopt, &[]).await, Answer::Failed(_)));
+        assert!(matches!(ask(&mut first, &begin(), &[&null]).await, Answer::Ready));
+        let mut second = connect(&socket).await;
+        assert!(matches!(ask(&mut second, &begin(), &[&null]).await, Answer::Failed(_)));
+        let mut second = connect(&socket).await;
+        assert!(matches!(ask(&mut second, &Order::Report, &[]).await, Answer::Report(Report { used: 7, .. })));
+        let credentials = Credentials { access_key: "a".into(), secret_key: "s".into(), session_token: None };
+        let renew = Order::Renew { credentials: credentials.clone() };
+        assert!(matches!(ask(&mut second, &renew, &[]).await, Answer::Done));
+        assert_eq!(*toy.renewed.lock().unwrap(), Some(credentials.clone()));
+        second.send(&Order::Adopt, &[]).await.unwrap();
+        let held = second.expect::<Answer>().await.unwrap();
+        assert_eq!(held.descriptors.len(), 1);
+        let expected = Settings { credentials: Some(credentials), ..settings() };
+        assert!(matches!(held.message, Answer::Held { settings, .. } if *settings == expected));
+
+        toy.unmounted.notify_one();
+        for mounter in [&mut first, &mut second] {
+            let agreed = mounter.expect::<Answer>().await.unwrap().message;
+            assert!(matches!(agreed, Answer::Life(Life::Agreed(value)) if value["minor"] == 45));
+            let ended = mounter.expect::<Answer>().await.unwrap().message;
+            assert!(matches!(ended, Answer::Life(Life::Ended { left: 3 })));
+        }
+        drop((first, second));
+        worker.await.unwrap().unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_worker_without_a_descriptor_only_uploads_and_one_that_can_not_open_says_why() {
+        let dir = tempfile::tempdir().unwrap();
+        for (name, toy) in [("good", Some(Arc::default())), ("bad", None)] {
+            let socket = dir.path().join(name);
+            let listener = UnixListener::bind(&socket).unwrap();
+            let opens = toy.is_some();
+            let worker = tokio::spawn(async move { serve(listener, &Toys(toy)).await });
+            let mut mounter = connect(&socket).await;
+            let answer = ask(&mut mounter, &begin(), &[]).await;
+            if opens {
+                assert!(matches!(answer, Answer::Ready));
+                let ended = mounter.expect::<Answer>().await.unwrap().message;
+                assert!(matches!(ended, Answer::Life(Life::Ended { left: 0 })));
+            } else {
+                assert!(matches!(answer, Answer::Failed(failure) if failure.to_string() == "cannot open bucket"));
+            }
+            drop(mounter);
+            assert_eq!(worker.await.unwrap().is_ok(), opens);
+        }
+    }
+}
