@@ -5,6 +5,7 @@ pub mod doctor;
 mod kubelet;
 pub mod mounter;
 mod orphans;
+mod progress;
 pub mod quickstart;
 pub mod serve;
 mod table;
