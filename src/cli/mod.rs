@@ -3,6 +3,7 @@
 mod client;
 pub mod doctor;
 mod kubelet;
+pub mod mount;
 pub mod mounter;
 mod orphans;
 mod progress;
@@ -41,6 +42,8 @@ pub enum Command {
     Doctor(doctor::DoctorArguments),
     /// Make, mount, grow and delete volumes by hand, over a driver's socket.
     Volume(volume::VolumeArguments),
+    /// Mount a bucket, without Kubernetes. Needs root.
+    Mount(mount::MountArguments),
     /// Keep mounts of object storage while drivers come and go, with a worker for each.
     Mounter(mounter::MounterArguments),
     /// Serve one mount; started by a mounter.

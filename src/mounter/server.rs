@@ -1,5 +1,6 @@
 //! `berth mounter`: answers the driver and the command line, and never ends a worker.
 
+use std::io::Write;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -13,6 +14,9 @@ use super::protocol::{Connection, Failure, Frame, Reply, Request};
 use crate::error::{Context, Error, Result};
 use crate::host::files::FileLock;
 use crate::server::socket::{self, Directory};
+
+/// Locked by a running mounter, whose process id is in it.
+pub(super) const LOCK: &str = "mounter.lock";
 
 /// How a mounter works.
 #[derive(Clone, Debug)]
@@ -43,9 +47,15 @@ pub async fn run(options: Options) -> Result<()> {
     let (run_dir, workers) = (options.run_dir.clone(), options.workers());
     socket::make_private(&run_dir)?;
     socket::make_private(&workers)?;
-    let Some(_lock) = FileLock::try_acquire(&run_dir.join("mounter.lock"))? else {
+    let lock_file = run_dir.join(LOCK);
+    let Some(lock) = FileLock::try_acquire(&lock_file)? else {
         fail!(Precondition, "another mounter works in {}", run_dir.display());
     };
+    // For whoever stops it: who holds the lock.
+    let mut who = lock.file();
+    who.set_len(0)
+        .and_then(|()| write!(who, "{}", std::process::id()))
+        .context(|| format!("cannot write {}", lock_file.display()))?;
     let (listener, file) = socket::bind(&options.socket, Directory::Shared)?;
     if options.users.is_none() {
         tracing::warn!("not root: workers are this same user, and can read each other's files");

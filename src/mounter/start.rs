@@ -7,8 +7,10 @@ use std::time::{Duration, Instant};
 
 use super::client::Mounter;
 use super::folders::Users;
+use super::server::LOCK;
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::host::files::FileLock;
+use crate::host::workers::Process;
 use crate::host::{command, workers};
 use crate::server::socket;
 
@@ -24,12 +26,14 @@ pub struct Start {
     pub cgroup: Option<PathBuf>,
     /// The users that workers are; the usual ones by default.
     pub users: Option<Users>,
+    /// Berth; by default what runs, even if its file was replaced.
+    pub program: PathBuf,
 }
 
 impl Start {
     /// With nothing but a socket.
     pub fn at(socket: impl Into<PathBuf>) -> Self {
-        Self { socket: socket.into(), cgroup: None, users: None }
+        Self { socket: socket.into(), cgroup: None, users: None, program: "/proc/self/exe".into() }
     }
 
     /// What a mounter at this socket writes.
@@ -68,7 +72,7 @@ pub fn start_detached(start: &Start, deadline: Duration) -> Result<()> {
     if let Some(Users { first, last }) = start.users {
         arguments.extend(["--uids".to_owned(), format!("{first}-{last}")]);
     }
-    command::launch("/proc/self/exe", &arguments, group.as_deref(), deadline)?;
+    command::launch(&text(&start.program), &arguments, group.as_deref(), deadline)?;
     while !mounter.is_there() {
         if Instant::now() > end {
             let log = start.log();
@@ -78,6 +82,23 @@ pub fn start_detached(start: &Start, deadline: Duration) -> Result<()> {
             ));
         }
         std::thread::sleep(Duration::from_millis(10));
+    }
+    Ok(())
+}
+
+/// Ends the mounter whose socket this is, where it was started by [`start_detached`]; none is success. Its workers go on. Blocks.
+///
+/// # Errors
+/// `OutcomeUnknown` when it has not ended by the deadline.
+pub fn stop(socket: &Path, deadline: Duration) -> Result<()> {
+    let file = folder(socket).join(LOCK);
+    let Ok(text) = std::fs::read_to_string(&file) else { return Ok(()) };
+    // Held before it is looked at whether it is a mounter: from then on it can be no other process.
+    let process = text.parse().ok().and_then(|pid| Process::open(pid).ok());
+    let (Some(process), None) = (process, FileLock::try_acquire(&file)?) else { return Ok(()) };
+    process.terminate();
+    if !process.has_ended(deadline) {
+        fail!(OutcomeUnknown, "the mounter at {} does not end within {deadline:?}", socket.display());
     }
     Ok(())
 }
