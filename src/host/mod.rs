@@ -5,6 +5,7 @@
 
 mod busy;
 pub mod ceph;
+pub mod channel;
 pub mod command;
 pub mod descriptors;
 pub mod extents;
@@ -18,5 +19,6 @@ pub mod mounts;
 pub mod paths;
 pub mod probe;
 pub mod processes;
+pub mod workers;
 
 pub use rustix::io::Errno;
