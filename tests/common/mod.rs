@@ -4,6 +4,9 @@
 
 pub mod ceph;
 mod client;
+pub mod files;
+pub mod mount;
+pub mod raw;
 pub mod tracer;
 
 use std::collections::HashMap;
