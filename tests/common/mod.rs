@@ -4,6 +4,7 @@
 
 pub mod ceph;
 mod client;
+pub mod faulty;
 pub mod files;
 pub mod mount;
 pub mod raw;

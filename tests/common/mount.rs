@@ -60,6 +60,10 @@ pub struct Options {
     pub max_age: Option<u64>,
     /// Milliseconds.
     pub patience: Option<u64>,
+    /// Milliseconds.
+    pub stall: Option<u64>,
+    /// Checksums with each transfer.
+    pub checksums: bool,
     /// Instead of the service's own: a proxy's.
     pub url: Option<String>,
     /// Instead of the node's own directory for what is staged.
@@ -75,6 +79,8 @@ impl Default for Options {
             limit: None,
             max_age: None,
             patience: None,
+            stall: None,
+            checksums: false,
             url: None,
             staging: None,
         }
@@ -197,6 +203,10 @@ impl Tree {
         if let Some(patience) = options.patience {
             command.args(["--patience", &patience.to_string()]);
         }
+        if let Some(stall) = options.stall {
+            command.args(["--stall", &stall.to_string()]);
+        }
+        command.args(["--checksums", if options.checksums { "when-supported" } else { "when-required" }]);
         command.arg("--staging").arg(options.staging.clone().unwrap_or_else(|| node.join("staging")));
         command.env("AWS_ACCESS_KEY_ID", &endpoint.access).env("AWS_SECRET_ACCESS_KEY", &endpoint.secret);
         command
@@ -243,7 +253,8 @@ impl Mount {
             found.push((pid, process.cmdline().unwrap_or_default()));
             for task in process.tasks().into_iter().flatten().flatten() {
                 let children = std::fs::read_to_string(format!("/proc/{pid}/task/{}/children", task.tid));
-                parents.extend(children.unwrap_or_default().split_whitespace().filter_map(|pid| pid.parse::<i32>().ok()));
+                parents
+                    .extend(children.unwrap_or_default().split_whitespace().filter_map(|pid| pid.parse::<i32>().ok()));
             }
         }
         found

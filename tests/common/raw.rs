@@ -46,6 +46,7 @@ impl Raw {
             .retry_config(RetryConfig::standard().with_max_attempts(5))
             .request_checksum_calculation(RequestChecksumCalculation::WhenRequired)
             .response_checksum_validation(ResponseChecksumValidation::WhenRequired)
+            .http_client(aws_smithy_http_client::Builder::new().build_http())
             .force_path_style(true)
             .build();
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();

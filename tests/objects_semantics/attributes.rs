@@ -60,13 +60,17 @@ fn modes_and_owners_are_kept(tree: &Tree) {
         assert_eq!(fs::read(place.at("h")).unwrap(), b"root may");
     }
     // What is created is made with the umask of its program.
-    sh(&mount.path, "umask 027; touch masked; mkdir masked-dir; test $(stat -c %a masked) = 640; test $(stat -c %a masked-dir) = 750");
+    sh(
+        &mount.path,
+        "umask 027; touch masked; mkdir masked-dir; test $(stat -c %a masked) = 640; test $(stat -c %a masked-dir) = 750",
+    );
 }
 
 /// > A modification time is kept to the nanosecond, also before 1970 and after 2038, of files and directories.
 fn times_are_kept_to_the_nanosecond(tree: &Tree) {
     let mount = tree.mount();
-    let times = [(1_700_000_000, 123_456_789), (-86_400, 5), (-1, 999_999_999), (0, 0), (1, 1), (4_102_444_800, 0), (0, 100)];
+    let times =
+        [(1_700_000_000, 123_456_789), (-86_400, 5), (-1, 999_999_999), (0, 0), (1, 1), (4_102_444_800, 0), (0, 100)];
     for (index, (seconds, nanoseconds)) in times.into_iter().enumerate() {
         let (file, dir) = (mount.at(format!("f{index}")), mount.at(format!("d{index}")));
         fs::write(&file, "x").unwrap();
@@ -194,7 +198,8 @@ fn extended_attributes_are_kept(tree: &Tree) {
             fails(getxattr(&path, "user.none", &mut buffer[..]), libc::ENODATA);
             fails(getxattr(&path, "user.text", &mut buffer[..2]), libc::ERANGE);
             let length = listxattr(&path, &mut buffer[..]).unwrap();
-            let mut listed: Vec<_> = buffer[..length].split(|byte| *byte == 0).filter(|name| !name.is_empty()).collect();
+            let mut listed: Vec<_> =
+                buffer[..length].split(|byte| *byte == 0).filter(|name| !name.is_empty()).collect();
             listed.sort_unstable();
             let mut wanted = values.map(|(name, _)| name.as_bytes());
             wanted.sort_unstable();
@@ -234,7 +239,8 @@ assert peer.recv(7) == b'through'";
         assert_eq!(stat("disk").rdev(), makedev(259, 70_000));
         assert!(stat("file").is_file() && stat("file").len() == 0);
         assert_eq!(stat("pipe").mode() & 0o777, 0o600);
-        let kinds: Vec<_> = fs::read_dir(&place.path).unwrap().map(|entry| entry.unwrap().file_type().unwrap()).collect();
+        let kinds: Vec<_> =
+            fs::read_dir(&place.path).unwrap().map(|entry| entry.unwrap().file_type().unwrap()).collect();
         assert_eq!(kinds.iter().filter(|kind| kind.is_fifo() || kind.is_socket()).count(), 2);
     }
     if !tree.is_plain() {
@@ -280,7 +286,11 @@ fn attributes_of_other_tools_are_read(tree: &Tree) {
     raw.put(&tree.key("rclone"), b"x", &rclone);
     raw.put(&tree.key("rclone-iso"), b"x", &[("mode", "0100600"), ("mtime", "1600000000")]);
     raw.put(&tree.key("nothing"), b"x", &[]);
-    raw.put(&tree.key("nonsense"), b"x", &[("mode", "rw-r--r--"), ("uid", "me"), ("mtime", "yesterday"), ("xattr", "%%%")]);
+    raw.put(
+        &tree.key("nonsense"),
+        b"x",
+        &[("mode", "rw-r--r--"), ("uid", "me"), ("mtime", "yesterday"), ("xattr", "%%%")],
+    );
     let mount = tree.mount();
     let stat = |name: &str| {
         let stat = fs::symlink_metadata(mount.at(name)).unwrap();

@@ -147,7 +147,10 @@ fn a_directory_may_have_thousands_of_entries(tree: &Tree) {
 /// > Whole trees are found and removed by the usual programs.
 fn trees_are_walked_and_removed(tree: &Tree) {
     let mount = tree.mount();
-    sh(&mount.path, "for a in 1 2 3; do for b in 1 2 3 4; do mkdir -p t/$a/$b; for c in 1 2 3; do echo $c >t/$a/$b/$c; done; done; done");
+    sh(
+        &mount.path,
+        "for a in 1 2 3; do for b in 1 2 3 4; do mkdir -p t/$a/$b; for c in 1 2 3; do echo $c >t/$a/$b/$c; done; done; done",
+    );
     let count = "find t -type f | wc -l; find t -type d | wc -l; cat t/*/*/3 | sort -u";
     assert_eq!(sh(&mount.path, count), "36\n16\n3\n");
     let other = tree.elsewhere();

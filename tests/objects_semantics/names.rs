@@ -173,8 +173,30 @@ fn symbolic_links_are_kept(tree: &Tree) {
 }
 
 const ODD: [&str; 24] = [
-    " ", "a b", "a+b", "100%", "%2F", "ü", "日本語", "q?x=1&y=2", "#", "'\"<>&", "-rf", "~", "*", "[x]", ".hidden", "..two", "end.",
-    "new\nline", "tab\t", "a=b;c,d", "\u{1F980}", "back\\slash", "e\u{301}", "$HOME",
+    " ",
+    "a b",
+    "a+b",
+    "100%",
+    "%2F",
+    "ü",
+    "日本語",
+    "q?x=1&y=2",
+    "#",
+    "'\"<>&",
+    "-rf",
+    "~",
+    "*",
+    "[x]",
+    ".hidden",
+    "..two",
+    "end.",
+    "new\nline",
+    "tab\t",
+    "a=b;c,d",
+    "\u{1F980}",
+    "back\\slash",
+    "e\u{301}",
+    "$HOME",
 ];
 
 /// > A name may hold anything but `/` and NUL; what looks the same and is not (é in its two spellings) stays two names.
@@ -314,7 +336,8 @@ fn keys_that_cannot_be_paths_are_not_shown(tree: &Tree) {
     let put = odd.iter().filter(|key| raw.try_put(&tree.key(key), b"odd", &[]).is_ok()).count();
     raw.put(&tree.key("a/good"), b"good", &[]);
     raw.put(&tree.key("plain"), b"plain", &[]);
-    let both = raw.try_put(&tree.key("both"), b"file", &[]).is_ok() && raw.try_put(&tree.key("both/f"), b"f", &[]).is_ok();
+    let both =
+        raw.try_put(&tree.key("both"), b"file", &[]).is_ok() && raw.try_put(&tree.key("both/f"), b"f", &[]).is_ok();
     let mount = tree.mount();
     let shown = names(&mount.path);
     assert!(shown.iter().all(|name| ["a", "plain", "both", "dir"].contains(&name.as_str())), "{shown:?} of {put}");
@@ -342,7 +365,11 @@ fn the_drivers_own_objects_are_hidden(tree: &Tree) {
     fails(fs::metadata(mount.at(".berth")), libc::ENOENT);
     fails(fs::metadata(mount.at(".berth/volumes")), libc::ENOENT);
     // Nobody can take the name, or what lies below it.
-    for refused in [fs::create_dir(mount.at(".berth")), fs::write(mount.at(".berth"), "x"), fs::rename(mount.at("d"), mount.at(".berth"))] {
+    for refused in [
+        fs::create_dir(mount.at(".berth")),
+        fs::write(mount.at(".berth"), "x"),
+        fs::rename(mount.at("d"), mount.at(".berth")),
+    ] {
         let errno = refused.unwrap_err().raw_os_error().unwrap();
         assert!([libc::EPERM, libc::EACCES].contains(&errno), "{errno}");
     }

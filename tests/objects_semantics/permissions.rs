@@ -49,7 +49,8 @@ fn modes_decide_who_reads_and_writes(tree: &Tree) {
     user_gets(1000, &mount.path, "os.listdir('d')", "worked");
     user_gets(1000, &mount.path, "open('d/open').read()", "EACCES");
     mode(&dir, 0o777);
-    let files = "open('mine', 'w').write('x'); os.mkdir('my-dir'); print(os.stat('mine').st_uid, os.stat('my-dir').st_gid)";
+    let files =
+        "open('mine', 'w').write('x'); os.mkdir('my-dir'); print(os.stat('mine').st_uid, os.stat('my-dir').st_gid)";
     assert_eq!(succeeded(&as_user(1000, &dir, files)), "1000 1000\n");
     let other = tree.elsewhere();
     assert_eq!(fs::metadata(other.at("d/mine")).unwrap().uid(), 1000);
