@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 use common::faulty::{Fault, Faulty};
 use common::files::{fails, names, noise, same, sh};
 use common::mount::{Mount, Options, Service, Tree};
+use common::raw::{Endpoint, Raw};
 use hyper::Method;
 
 /// A tree in MinIO, and the proxy that its mounts go through. The raw bucket does not.
@@ -30,6 +31,41 @@ fn until(what: &str, seconds: u64, condition: impl Fn() -> bool) {
         assert!(Instant::now() < end, "{what} does not happen");
         std::thread::sleep(Duration::from_millis(50));
     }
+}
+
+/// The proxy does what it is told, and nothing else.
+#[test]
+fn the_proxy_fails_as_it_is_told() {
+    let Some((tree, mut proxy, _)) = behind_a_proxy() else { return };
+    let endpoint = Endpoint { url: proxy.url.clone(), ..tree.endpoint.clone().unwrap() };
+    let through = Raw::once(&endpoint, &tree.bucket);
+    let (key, bytes) = (tree.key("f"), noise(1, 3 << 20));
+    through.put(&key, &bytes, &[("author", "somebody")]);
+    same(&through.get(&key).unwrap(), &bytes);
+    assert_eq!(through.head(&key), tree.raw().head(&key));
+    assert_eq!(through.list(&tree.prefix), tree.raw().list(&tree.prefix));
+    assert_eq!(proxy.faults(), 0);
+    for fault in [Fault::BreakBody, Fault::LoseAnswer, Fault::Refuse(503, "SlowDown")] {
+        proxy.rule(move |_| fault);
+        assert!(through.try_get(&key).is_err(), "{fault:?}");
+    }
+    for (fault, length) in [(Fault::ShortenBody, bytes.len() / 2), (Fault::CorruptBody, bytes.len())] {
+        proxy.rule(move |_| fault);
+        let found = through.try_get(&key).unwrap();
+        assert!(found.len() == length && found != bytes, "{fault:?}");
+    }
+    proxy.rule(|asked| if asked.writes() { Fault::LoseAnswer } else { Fault::None });
+    assert!(through.try_put(&tree.key("lost"), b"x", &[]).is_err());
+    assert_eq!(tree.raw().get(&tree.key("lost")).unwrap(), b"x");
+    proxy.rule(|asked| if asked.writes() { Fault::CorruptRequest } else { Fault::None });
+    assert!(through.try_put(&tree.key("damaged"), b"body", &[]).is_err(), "its signature covers it");
+    assert_eq!(tree.raw().get(&tree.key("damaged")), None);
+    assert_eq!(proxy.faults(), 7);
+    proxy.down();
+    assert!(through.try_get(&key).is_err());
+    proxy.heal();
+    proxy.up();
+    same(&through.get(&key).unwrap(), &bytes);
 }
 
 /// The service goes in the middle of a write and comes back after this long.

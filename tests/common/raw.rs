@@ -37,13 +37,22 @@ pub struct Object {
 impl Raw {
     /// A bucket that need not exist yet.
     pub fn new(endpoint: &Endpoint, bucket: &str) -> Self {
+        Self::trying(endpoint, bucket, 5)
+    }
+
+    /// One that tries nothing again.
+    pub fn once(endpoint: &Endpoint, bucket: &str) -> Self {
+        Self::trying(endpoint, bucket, 1)
+    }
+
+    fn trying(endpoint: &Endpoint, bucket: &str, attempts: u32) -> Self {
         let credentials = Credentials::new(&endpoint.access, &endpoint.secret, None, None, "tests");
         let config = Builder::new()
             .behavior_version(BehaviorVersion::latest())
             .endpoint_url(&endpoint.url)
             .region(Region::new(endpoint.region.clone()))
             .credentials_provider(credentials)
-            .retry_config(RetryConfig::standard().with_max_attempts(5))
+            .retry_config(RetryConfig::standard().with_max_attempts(attempts))
             .request_checksum_calculation(RequestChecksumCalculation::WhenRequired)
             .response_checksum_validation(ResponseChecksumValidation::WhenRequired)
             .http_client(aws_smithy_http_client::Builder::new().build_http())
@@ -95,6 +104,14 @@ impl Raw {
                     None
                 }
             }
+        })
+    }
+
+    pub fn try_get(&self, key: &str) -> Result<Vec<u8>, String> {
+        self.runtime.block_on(async {
+            let object = self.client.get_object().bucket(&self.bucket).key(key).send().await;
+            let object = object.map_err(|error| format!("{:?}", error.into_service_error()))?;
+            Ok(object.body.collect().await.map_err(|error| error.to_string())?.to_vec())
         })
     }
 
