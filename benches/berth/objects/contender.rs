@@ -116,7 +116,8 @@ impl Mounts {
             Who::Strict | Who::WriteBack => {
                 command.args(["mount", &format!("s3://{BUCKET}/{PREFIX}")]).arg(path);
                 command.args(["--foreground", "--path-style", "--region", "us-east-1", "--endpoint", endpoint]);
-                command.args(["--consistency", &who.to_string()]).arg("--cache").arg(cache);
+                command.args(["--consistency", &who.to_string()]).arg("--cache").arg(cache.join("blocks"));
+                command.arg("--staging").arg(cache.join("staging"));
                 command.env("AWS_ACCESS_KEY_ID", access_key).env("AWS_SECRET_ACCESS_KEY", secret_key);
             }
             Who::S3fs => {

@@ -31,7 +31,13 @@ const QUIET: Duration = Duration::from_millis(700);
 /// What the service says that it was asked for.
 #[derive(Clone, Default)]
 struct Heard {
-    calls: Arc<Mutex<(BTreeMap<String, usize>, Option<Instant>)>>,
+    calls: Arc<Mutex<Calls>>,
+}
+
+#[derive(Default)]
+struct Calls {
+    counts: BTreeMap<String, usize>,
+    last: Option<Instant>,
 }
 
 impl Heard {
@@ -75,11 +81,11 @@ impl Heard {
         let entries = serde_json::Deserializer::from_slice(body).into_iter::<Value>().flatten();
         let mut calls = self.calls.lock().unwrap_or_else(PoisonError::into_inner);
         for entry in entries {
-            // What this benchmark itself looks at has another user agent; the console's calls have no bucket.
+            // The service's own calls, such as whether it is healthy, name no bucket.
             if entry.pointer("/api/bucket").and_then(Value::as_str) == Some(BUCKET) {
                 let name = entry.pointer("/api/name").and_then(Value::as_str).unwrap_or("unknown");
-                *calls.0.entry(short(name)).or_default() += 1;
-                calls.1 = Some(Instant::now());
+                *calls.counts.entry(short(name)).or_default() += 1;
+                calls.last = Some(Instant::now());
             }
         }
     }
@@ -90,9 +96,9 @@ impl Heard {
         loop {
             std::thread::sleep(QUIET / 10);
             let mut calls = self.calls.lock().unwrap_or_else(PoisonError::into_inner);
-            let quiet = calls.1.unwrap_or(begun).max(begun).elapsed() > QUIET;
+            let quiet = calls.last.unwrap_or(begun).max(begun).elapsed() > QUIET;
             if quiet || begun.elapsed() > LIMIT {
-                return std::mem::take(&mut calls.0);
+                return std::mem::take(&mut calls.counts);
             }
         }
     }
@@ -339,7 +345,11 @@ fn prepare(other: &Raw, folder: &Path, who: Who) -> Result<()> {
 /// Counts of calls, for each of so many.
 fn shown(calls: &BTreeMap<String, usize>, each: usize) -> String {
     let count = |calls: usize| {
-        if calls % each == 0 { (calls / each).to_string() } else { format!("{:.2}", calls as f64 / each as f64) }
+        if calls.is_multiple_of(each) {
+            (calls / each).to_string()
+        } else {
+            format!("{:.2}", calls as f64 / each as f64)
+        }
     };
     let all: Vec<_> = calls.iter().map(|(name, calls)| format!("{} {name}", count(*calls))).collect();
     if all.is_empty() { "none".to_owned() } else { all.join(", ") }

@@ -79,7 +79,8 @@ impl Programs {
         let mut children = self.children();
         if let Some(place) = children.iter().position(|child| Pid::from_child(child) == pid) {
             let mut child = children.swap_remove(place);
-            child.kill()?;
+            // It may have ended by now.
+            let _ = child.kill();
             child.wait()?;
         }
         Ok(itself)
