@@ -56,6 +56,9 @@ impl Lane<'_> {
             let count = left.len();
             left.rotate_left(usize::from(round > 0).min(count));
             for (who, spent) in &mut left {
+                if self.mounts.programs.are_over() {
+                    return;
+                }
                 let begun = Instant::now();
                 if let Err(error) = pass(self, *who, round) {
                     eprintln!("{name}: {who}, round {round}: {error:#}");

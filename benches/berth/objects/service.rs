@@ -6,7 +6,8 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::mpsc::Receiver;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
@@ -25,24 +26,40 @@ pub(crate) const BANDWIDTH: u32 = 90_000;
 /// Programs that run beside the benchmark, all of which can be ended at once.
 #[derive(Clone, Default)]
 pub(crate) struct Programs {
-    children: Arc<Mutex<Vec<Child>>>,
+    running: Arc<Mutex<Running>>,
 }
 
-/// Ends all programs when dropped.
-pub(crate) struct Keeper(pub(crate) Programs);
+#[derive(Default)]
+struct Running {
+    children: Vec<Child>,
+    /// Nothing is started any more.
+    over: bool,
+}
+
+/// Ends all programs when dropped, and waits a moment for the thread that has used them.
+pub(crate) struct Keeper {
+    pub(crate) programs: Programs,
+    /// Its other end is the thread's.
+    pub(crate) thread: Receiver<()>,
+}
 
 impl Drop for Keeper {
     fn drop(&mut self) {
-        for mut child in self.0.children().drain(..) {
-            let _ = child.kill();
-            let _ = child.wait();
+        {
+            let mut running = self.programs.running();
+            running.over = true;
+            for mut child in running.children.drain(..) {
+                let _ = child.kill();
+                let _ = child.wait();
+            }
         }
+        let _ = self.thread.recv_timeout(START);
     }
 }
 
 impl Programs {
-    fn children(&self) -> std::sync::MutexGuard<'_, Vec<Child>> {
-        self.children.lock().unwrap_or_else(PoisonError::into_inner)
+    fn running(&self) -> MutexGuard<'_, Running> {
+        self.running.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Starts one that logs to this file. It ends with the thread that has started it, at the latest.
@@ -54,16 +71,22 @@ impl Programs {
         unsafe {
             command.pre_exec(|| Ok(rustix::process::set_parent_process_death_signal(Some(Signal::KILL))?));
         }
+        let mut running = self.running();
+        ensure!(!running.over, "the benchmark is over");
         let child = command.spawn().with_context(|| format!("cannot start {}", command.get_program().display()))?;
         let pid = Pid::from_child(&child);
-        self.children().push(child);
+        running.children.push(child);
         Ok(pid)
+    }
+
+    /// Is nothing started any more?
+    pub(crate) fn are_over(&self) -> bool {
+        self.running().over
     }
 
     /// Has it ended?
     pub(crate) fn has_ended(&self, pid: Pid) -> Result<bool> {
-        let mut children = self.children();
-        match children.iter_mut().find(|child| Pid::from_child(child) == pid) {
+        match self.running().children.iter_mut().find(|child| Pid::from_child(child) == pid) {
             Some(child) => Ok(child.try_wait()?.is_some()),
             None => Ok(true),
         }
@@ -76,7 +99,7 @@ impl Programs {
             std::thread::sleep(LOOK);
         }
         let itself = self.has_ended(pid)?;
-        let mut children = self.children();
+        let children = &mut self.running().children;
         if let Some(place) = children.iter().position(|child| Pid::from_child(child) == pid) {
             let mut child = children.swap_remove(place);
             // It may have ended by now.
