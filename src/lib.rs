@@ -11,11 +11,14 @@
 //! | [`rpc`] | CSI messages, locks, deadlines, gRPC codes | names a back end |
 //! | [`volume`] | the nouns | touches the machine |
 //! | [`backend`] | the two traits, and a folder for each back end | knows gRPC, the runtime, or another back end |
+//! | [`mounter`] | the process that keeps FUSE descriptors, and its workers | knows CSI |
+//! | [`objectfs`] | objects as a POSIX file system | knows volumes, CSI or the mounter |
+//! | [`fuse`] | the FUSE protocol | knows objects |
 //! | [`host`] | everything that touches the kernel | knows CSI |
 //!
-//! Dependencies point one way: `main -> cli -> server -> rpc -> backend -> host -> error`, and everything may use
-//! [`volume`] and [`error`]. `tests/architecture.rs` enforces it. There is no global state: what a part needs, it is
-//! given.
+//! Dependencies point one way: `main -> cli -> server -> rpc -> backend -> mounter -> objectfs -> fuse -> host -> error`,
+//! and everything may use [`volume`] and [`error`]. `tests/architecture.rs` enforces it. There is no global state: what a
+//! part needs, it is given.
 
 #[macro_use]
 pub mod error;

@@ -55,6 +55,11 @@ fn only_the_front_rooms_know_grpc() {
 }
 
 #[test]
+fn only_the_store_knows_the_sdk() {
+    assert_eq!(offenders(&["aws_sdk", "aws_config", "aws_smithy", "s3s::", "s3s_fs"], &["objectfs/store/"]), NONE);
+}
+
+#[test]
 fn only_the_cellar_touches_the_kernel() {
     let syscalls = ["rustix::mount", "rustix::fs::", "rustix::io", "rustix::event", "libc::", "Command::new"];
     // `main` sets the umask; a quickstart starts the driver itself and drops a file from the page cache.
@@ -81,11 +86,36 @@ fn dependencies_point_one_way() {
             "volume/",
             &["crate::backend", "crate::host", "crate::rpc", "crate::server", "crate::cli", "crate::config"][..],
         ),
-        ("host/", &["crate::backend", "crate::rpc", "crate::server", "crate::cli", "crate::config", "crate::volume"]),
+        (
+            "host/",
+            &[
+                "crate::backend",
+                "crate::rpc",
+                "crate::server",
+                "crate::cli",
+                "crate::config",
+                "crate::volume",
+                "crate::fuse",
+                "crate::objectfs",
+                "crate::mounter",
+            ],
+        ),
+        (
+            "fuse/",
+            &["crate::objectfs", "crate::mounter", "crate::backend", "crate::rpc", "crate::cli", "crate::config"],
+        ),
+        (
+            "objectfs/",
+            &["crate::mounter", "crate::backend", "crate::rpc", "crate::server", "crate::cli", "crate::config"],
+        ),
+        ("objectfs/content/", &["namespace", "shell", "crate::fuse"]),
+        ("objectfs/store/", &["content", "namespace", "shell", "usage", "crate::fuse"]),
+        ("mounter/", &["crate::backend", "crate::rpc", "crate::server", "crate::cli", "crate::config"]),
         ("backend/", &["crate::rpc", "crate::server", "crate::cli", "crate::proto", "tokio"]),
-        ("rpc/", &["backend::nvme", "backend::cephfs", "crate::server", "crate::cli"]),
-        ("backend/nvme/", &["cephfs"]),
-        ("backend/cephfs/", &["nvme"]),
+        ("rpc/", &["backend::nvme", "backend::cephfs", "backend::s3", "crate::server", "crate::cli"]),
+        ("backend/nvme/", &["cephfs", "backend::s3"]),
+        ("backend/cephfs/", &["nvme", "backend::s3"]),
+        ("backend/s3/", &["nvme", "cephfs"]),
         ("server/", &["crate::backend", "crate::host", "crate::cli"]),
         ("config/", &["crate::backend", "crate::host", "crate::rpc", "crate::server", "crate::cli"]),
         ("error.rs", &["use crate::"]),
