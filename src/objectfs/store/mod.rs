@@ -4,6 +4,10 @@
 //! whatever may go away by itself (throttling, 5xx, a reset connection) has been retried below this trait, with
 //! back-off, for as long as [`Endpoint::patience`](super::settings::Endpoint) says.
 
+#[cfg(test)]
+#[allow(dead_code, reason = "each layer's tests use a part of it")]
+pub(crate) mod double;
+
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::ops::Range;
