@@ -116,16 +116,31 @@ impl FileLock {
     /// Waits for the lock of the file at `path`, which is made if missing.
     pub fn acquire(path: &Path) -> Result<Self> {
         let what = || format!("cannot lock {}", path.display());
-        let file = OpenOptions::new()
+        let file = Self::open(path)?;
+        rustix::io::retry_on_intr(|| rustix::fs::flock(&file, FlockOperation::LockExclusive)).context(what)?;
+        Ok(Self(file))
+    }
+
+    /// Takes the lock of the file at `path`, which is made if missing. `None`: somebody has it.
+    pub fn try_acquire(path: &Path) -> Result<Option<Self>> {
+        let file = Self::open(path)?;
+        match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => Ok(Some(Self(file))),
+            Err(Errno::WOULDBLOCK) => Ok(None),
+            Err(error) => Err(Error::io(format!("cannot lock {}", path.display()), error)),
+        }
+    }
+
+    fn open(path: &Path) -> Result<File> {
+        let what = || format!("cannot lock {}", path.display());
+        OpenOptions::new()
             .read(true)
             .write(true)
             .create(true)
             .truncate(false)
             .mode(0o600)
             .open(path)
-            .context(what)?;
-        rustix::io::retry_on_intr(|| rustix::fs::flock(&file, FlockOperation::LockExclusive)).context(what)?;
-        Ok(Self(file))
+            .context(what)
     }
 
     /// The locked file.

@@ -4,6 +4,10 @@
 
 pub mod ceph;
 mod client;
+pub mod faulty;
+pub mod files;
+pub mod mount;
+pub mod raw;
 pub mod tracer;
 
 use std::collections::HashMap;
