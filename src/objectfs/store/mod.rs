@@ -10,8 +10,11 @@ pub(crate) mod double;
 
 mod bucket;
 mod connect;
+#[cfg(test)]
+mod contract;
 mod failure;
 mod many;
+pub mod patient;
 pub mod probe;
 mod sdk;
 pub mod services;
