@@ -5,8 +5,8 @@
 use std::error::Error as StdError;
 use std::fmt;
 
-/// What the caller should do.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+/// What the caller should do. Serialised between our own processes only.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
 pub enum ErrorKind {
     /// The request is wrong and will stay wrong: correct it.
     Invalid,

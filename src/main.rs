@@ -47,6 +47,9 @@ fn run(arguments: Arguments) -> anyhow::Result<()> {
         }
         Command::Doctor(arguments) => cli::doctor::run(arguments),
         Command::Volume(arguments) => runtime.block_on(cli::volume::run(arguments)),
+        Command::Mount(arguments) => runtime.block_on(cli::mount::run(arguments)),
+        Command::Mounter(arguments) => runtime.block_on(cli::mounter::run(arguments)),
+        Command::Worker(_) => runtime.block_on(cli::mounter::work()),
         Command::Quickstart(arguments) => runtime.block_on(cli::quickstart::run(arguments)),
     }
 }

@@ -3,7 +3,10 @@
 mod client;
 pub mod doctor;
 mod kubelet;
+pub mod mount;
+pub mod mounter;
 mod orphans;
+mod progress;
 pub mod quickstart;
 pub mod serve;
 mod table;
@@ -39,6 +42,13 @@ pub enum Command {
     Doctor(doctor::DoctorArguments),
     /// Make, mount, grow and delete volumes by hand, over a driver's socket.
     Volume(volume::VolumeArguments),
+    /// Mount a bucket, without Kubernetes. Needs root.
+    Mount(mount::MountArguments),
+    /// Keep mounts of object storage while drivers come and go, with a worker for each.
+    Mounter(mounter::MounterArguments),
+    /// Serve one mount; started by a mounter.
+    #[command(hide = true)]
+    Worker(mounter::WorkerArguments),
     /// See all of it work on this machine, without Kubernetes, and take it away again. Needs root.
     Quickstart(quickstart::QuickstartArguments),
 }

@@ -12,8 +12,10 @@ use serde_json::json;
 use super::client::{Access, Client, Origin, Wish};
 use super::kubelet::{Kubelet, STAGING, absolute};
 use super::orphans::{self, Orphans};
+use super::progress;
 use super::table::{self, Answer, SnapshotView, VolumeView, columns};
 use crate::config::Config;
+use crate::mounter::start::SOCKET;
 use crate::volume::{format_bytes, parse_bytes};
 
 /// Which driver to ask, and for what.
@@ -63,13 +65,16 @@ pub enum VolumeCommand {
     },
     /// List, or delete, the volumes that no PersistentVolume stands for.
     Orphans(Orphans),
-    /// Show one volume and what is wrong with it.
+    /// Show one volume and what is wrong with it; of object storage also what is on its way to the bucket.
     Show {
-        /// The volume's id, or the name that it was made with.
+        /// The volume's id, the name that it was made with, or the path where `berth mount` has mounted it.
         id: String,
         /// It is the id of a snapshot.
         #[arg(long)]
         snapshot: bool,
+        /// The mounter's socket, where mounts of object storage are asked for.
+        #[arg(long, value_name = "PATH", default_value = SOCKET)]
+        mounter: PathBuf,
     },
     /// Mount a volume at a path of this machine.
     Mount(Mount),
@@ -177,6 +182,13 @@ fn parameter(text: &str) -> Result<(String, String), String> {
 /// # Errors
 /// When no driver is named or it can't be reached, and what the driver refuses, with its gRPC code.
 pub async fn run(arguments: VolumeArguments) -> Result<()> {
+    if let VolumeCommand::Show { id, mounter, snapshot: false } = &arguments.command
+        && id.starts_with('/')
+    {
+        let answer = progress::of_path(Path::new(id), mounter).await?;
+        super::say(&if arguments.json { serde_json::to_string_pretty(&answer.json)? } else { answer.text });
+        return Ok(());
+    }
     let (controller, node) = arguments.connection.sockets()?;
     let client = Client::connect(&controller, node.as_deref()).await?;
     let staging = std::path::absolute(&arguments.connection.staging).context("cannot find the staging directory")?;
@@ -237,8 +249,10 @@ async fn answer(kubelet: &Kubelet<'_>, command: VolumeCommand) -> Result<Answer>
             let views: Vec<_> = client.snapshots(None).await?.into_iter().map(SnapshotView::from).collect();
             Answer { json: json!({ "snapshots": views }), text: table::snapshots(&views) }
         }
-        VolumeCommand::Show { id, snapshot: false } => show(kubelet, &resolve(client, id).await?).await?,
-        VolumeCommand::Show { id, snapshot: true } => {
+        VolumeCommand::Show { id, snapshot: false, mounter } => {
+            show(kubelet, &resolve(client, id).await?, &mounter).await?
+        }
+        VolumeCommand::Show { id, snapshot: true, .. } => {
             let found = client.snapshots(Some(&id)).await?.into_iter().next();
             let view =
                 SnapshotView::from(found.with_context(|| format!("cannot show {id}: there is no such snapshot"))?);
@@ -291,10 +305,11 @@ fn at(id: &str, path: &Path, how: &str) -> Answer {
     Answer { text, json: json!({ "id": id, "path": path }) }
 }
 
-async fn show(kubelet: &Kubelet<'_>, id: &str) -> Result<Answer> {
+async fn show(kubelet: &Kubelet<'_>, id: &str, mounter: &Path) -> Result<Answer> {
     let view = VolumeView::from(kubelet.client.volume(id).await?);
     let problems = kubelet.client.health(id).await?.map(table::problems);
     let published = kubelet.published(id)?;
+    let mount = progress::of_volume(id, mounter).await;
     let health = match &problems {
         None => "the driver does not tell".to_owned(),
         Some(problems) if problems.is_empty() => "well".to_owned(),
@@ -311,10 +326,17 @@ async fn show(kubelet: &Kubelet<'_>, id: &str) -> Result<Answer> {
     if view.source.is_some() {
         rows.push(["made from".to_owned(), view.made_from()]);
     }
+    match &mount {
+        Ok(mount) => rows.extend(mount.iter().flat_map(progress::rows)),
+        Err(error) => rows.push(["mount".to_owned(), format!("unknown: {error:#}")]),
+    }
     rows.extend(view.context.iter().map(|(key, value)| [key.clone(), value.clone()]));
     let mut json = json!(view);
     json["problems"] = json!(problems);
     json["published"] = json!(published);
+    if let Ok(Some(mount)) = &mount {
+        json["mount"] = progress::json(mount);
+    }
     Ok(Answer { text: columns(["id", &view.id], rows), json })
 }
 

@@ -3,6 +3,7 @@
 //! Every mistake is reported at once, with its path in the file and what would be right. Nothing else in Berth reads
 //! the environment or a file for its settings. `docs/configuration.md` describes every key.
 
+pub mod aws;
 mod document;
 mod parse;
 

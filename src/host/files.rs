@@ -74,6 +74,19 @@ pub fn blank(file: &File) -> Result<()> {
         .context(|| "cannot blank an image".to_owned())
 }
 
+/// Makes a range within a file read as zeros; the file's size stays. Gives the space back where the file system can.
+pub fn punch(file: &File, range: std::ops::Range<u64>) -> std::io::Result<()> {
+    let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+    Ok(rustix::fs::fallocate(file, flags, range.start, range.end - range.start)?)
+}
+
+/// Opens a plain file to read, and nothing that somebody may have put in its place: no link is followed, no FIFO waited
+/// for.
+pub fn open_plain(path: &Path) -> std::io::Result<File> {
+    let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NOFOLLOW | OFlags::NONBLOCK;
+    Ok(File::from(rustix::fs::open(path, flags, Mode::empty())?))
+}
+
 /// Has nothing ever been written to this file? Space that was only set aside does not count.
 pub fn is_blank(file: &File) -> Result<bool> {
     match rustix::fs::seek(file, SeekFrom::Data(0)) {
@@ -116,16 +129,24 @@ impl FileLock {
     /// Waits for the lock of the file at `path`, which is made if missing.
     pub fn acquire(path: &Path) -> Result<Self> {
         let what = || format!("cannot lock {}", path.display());
-        let file = OpenOptions::new()
-            .read(true)
-            .write(true)
-            .create(true)
-            .truncate(false)
-            .mode(0o600)
-            .open(path)
-            .context(what)?;
+        let file = Self::open(path)?;
         rustix::io::retry_on_intr(|| rustix::fs::flock(&file, FlockOperation::LockExclusive)).context(what)?;
         Ok(Self(file))
+    }
+
+    /// Takes the lock of the file at `path`, which is made if missing. `None`: somebody has it.
+    pub fn try_acquire(path: &Path) -> Result<Option<Self>> {
+        let file = Self::open(path)?;
+        match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => Ok(Some(Self(file))),
+            Err(Errno::WOULDBLOCK) => Ok(None),
+            Err(error) => Err(Error::io(format!("cannot lock {}", path.display()), error)),
+        }
+    }
+
+    fn open(path: &Path) -> Result<File> {
+        let what = || format!("cannot lock {}", path.display());
+        OpenOptions::new().read(true).write(true).create(true).truncate(false).mode(0o600).open(path).context(what)
     }
 
     /// The locked file.

@@ -5,15 +5,20 @@
 
 mod busy;
 pub mod ceph;
+pub mod channel;
 pub mod command;
+pub mod descriptors;
 pub mod extents;
 pub mod files;
 pub mod filesystem;
+pub mod fuse;
 pub mod librados;
 pub mod loops;
+pub mod memory;
 pub mod mounts;
 pub mod paths;
 pub mod probe;
 pub mod processes;
+pub mod workers;
 
 pub use rustix::io::Errno;

@@ -5,7 +5,7 @@
 mod authority;
 mod http;
 mod registration;
-mod socket;
+pub(crate) mod socket;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};

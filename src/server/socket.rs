@@ -12,7 +12,7 @@ use crate::error::{Context, Result};
 
 /// Whose directory a socket lies in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Directory {
+pub(crate) enum Directory {
     /// Ours: made if missing, 0700.
     Ours,
     /// Somebody else's, such as kubelet's: left as it is.
@@ -23,7 +23,7 @@ pub(super) enum Directory {
 ///
 /// # Errors
 /// `Precondition` when another process serves there, or something else is there.
-pub(super) fn bind(path: &Path, directory: Directory) -> Result<(UnixListener, SocketFile)> {
+pub(crate) fn bind(path: &Path, directory: Directory) -> Result<(UnixListener, SocketFile)> {
     if directory == Directory::Ours {
         make_private(path.parent().unwrap_or(path))?;
     }
@@ -46,7 +46,7 @@ pub(super) fn bind(path: &Path, directory: Directory) -> Result<(UnixListener, S
 
 /// Our socket's file: removed when dropped, however its server ends.
 #[derive(Debug)]
-pub(super) struct SocketFile(PathBuf);
+pub(crate) struct SocketFile(PathBuf);
 
 impl Drop for SocketFile {
     fn drop(&mut self) {
@@ -58,7 +58,11 @@ impl Drop for SocketFile {
     }
 }
 
-fn make_private(directory: &Path) -> Result<()> {
+/// Makes a directory that only this user enters, with its parents.
+///
+/// # Errors
+/// `Precondition` when it is somebody else's.
+pub(crate) fn make_private(directory: &Path) -> Result<()> {
     let what = || format!("cannot make {} a private directory", directory.display());
     std::fs::DirBuilder::new().recursive(true).mode(0o700).create(directory).context(what)?;
     let stat = directory.symlink_metadata().context(what)?;

@@ -8,6 +8,19 @@
 #[allow(dead_code, reason = "each layer's tests use a part of it")]
 pub(crate) mod double;
 
+mod bucket;
+mod connect;
+#[cfg(test)]
+mod contract;
+mod failure;
+mod many;
+pub mod patient;
+pub mod probe;
+mod sdk;
+pub mod services;
+mod stall;
+mod wire;
+
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::ops::Range;
@@ -17,6 +30,8 @@ use std::time::SystemTime;
 use async_trait::async_trait;
 use bytes::Bytes;
 use futures_util::stream::BoxStream;
+
+pub use sdk::{S3, connect};
 
 /// An entity tag with its quotes, as the service writes it. Two versions of one key never share one.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
