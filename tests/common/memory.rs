@@ -1,19 +1,17 @@
-//! A file system in memory behind our own FUSE layer, with files that wait, hang and panic, mounted for one test.
+//! A file system in memory behind our own FUSE layer, with files that wait and panic.
+#![allow(unreachable_pub, reason = "as in common")]
 
 use std::collections::{BTreeMap, HashMap};
 use std::ffi::{OsStr, OsString};
-use std::os::fd::OwnedFd;
-use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, SystemTime};
 
+use berth::fuse::FileSystem;
 use berth::fuse::filesystem::{
     Answer, Attr, Caller, DirEntry, DirSink, Entry, Handle, Ino, Notify, Opened, SetAttr, StatFs, Time,
 };
-use berth::fuse::{Agreed, Ended, FileSystem, Options, Parker, Session};
 use berth::host::Errno;
-use berth::host::fuse::{MountOptions, abort, connection_of, mount};
 use bytes::Bytes;
 use tokio::sync::watch;
 
@@ -33,7 +31,7 @@ struct State {
     references: HashMap<Ino, u64>,
 }
 
-/// Names decide how a file behaves: `slow…` waits for the gate, `panic…` panics.
+/// Names decide how a file behaves: `slow…` waits for the gate, `slow direct…` without the page cache, `panic…` panics.
 pub struct Memory {
     state: Mutex<State>,
     pub ttl: Duration,
@@ -107,12 +105,7 @@ impl Memory {
     }
 
     async fn behave(&self, ino: Ino) {
-        let name = {
-            let state = self.state.lock().unwrap();
-            let names = state.nodes.values().flat_map(|node| &node.children);
-            names.filter(|(_, child)| **child == ino).map(|(name, _)| name.to_string_lossy().into_owned()).next()
-        };
-        let name = name.unwrap_or_default();
+        let name = self.state.lock().unwrap().name(ino);
         assert!(!name.starts_with("panic"), "as the test wants it");
         if name.starts_with("slow") {
             let _waiting = Count::new(&self.waiting);
@@ -139,6 +132,12 @@ impl Node {
 }
 
 impl State {
+    /// Of a file in the root.
+    fn name(&self, ino: Ino) -> String {
+        let found = self.nodes[&1].children.iter().find(|(_, child)| **child == ino);
+        found.map(|(name, _)| name.to_string_lossy().into_owned()).unwrap_or_default()
+    }
+
     fn node(&mut self, ino: Ino) -> Answer<&mut Node> {
         self.nodes.get_mut(&ino).ok_or(Errno::STALE)
     }
@@ -279,7 +278,8 @@ impl FileSystem for Memory {
         if flags & libc::O_TRUNC.cast_unsigned() != 0 {
             state.node(ino)?.set(Vec::new());
         }
-        Ok(Opened { handle: ino, ..Opened::default() })
+        let direct_io = state.name(ino).starts_with("slow direct");
+        Ok(Opened { handle: ino, direct_io, ..Opened::default() })
     }
 
     async fn create(
@@ -344,7 +344,7 @@ impl FileSystem for Memory {
         for (at, (name, ino)) in list.into_iter().enumerate().skip(usize::try_from(offset).unwrap()) {
             let attr = state.node(ino)?.attr.clone();
             let kind = attr.mode & libc::S_IFMT;
-            let entry = sink.plus().then(|| Entry { attr, attr_ttl: self.ttl, name_ttl: self.ttl });
+            let entry = sink.plus().then_some(Entry { attr, attr_ttl: self.ttl, name_ttl: self.ttl });
             let dots = name == "." || name == "..";
             if !sink.push(&DirEntry { name, ino, kind, next: at as u64 + 1, entry }) {
                 break;
@@ -416,95 +416,5 @@ impl FileSystem for Memory {
 
     async fn ended(&self) {
         self.ended.store(true, Ordering::SeqCst);
-    }
-}
-
-type Serving = tokio::task::JoinHandle<std::io::Result<Ended>>;
-
-/// A mount, with a duplicate of its descriptor as a mounter would keep it.
-pub struct Mount {
-    pub runtime: tokio::runtime::Runtime,
-    dir: tempfile::TempDir,
-    pub fs: Arc<Memory>,
-    pub descriptor: OwnedFd,
-    pub connection: u32,
-    serving: Option<(Serving, Parker, watch::Receiver<Option<Agreed>>)>,
-}
-
-impl Mount {
-    /// Served.
-    pub fn new() -> Self {
-        let mut mount = Self::unserved(Duration::from_secs(1));
-        mount.serve(None, false);
-        mount
-    }
-
-    pub fn unserved(ttl: Duration) -> Self {
-        let dir = tempfile::Builder::new().prefix("berth-fuse-").tempdir().unwrap();
-        std::fs::set_permissions(dir.path(), std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
-        let target = dir.path().join("mnt");
-        std::fs::create_dir(&target).unwrap();
-        let descriptor = mount("s3://bucket/a b", &target, &MountOptions::default()).unwrap();
-        let connection = connection_of(&target).unwrap().unwrap();
-        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
-        Self { runtime, dir, fs: Arc::new(Memory::new(ttl)), descriptor, connection, serving: None }
-    }
-
-    /// By a session of its own, on a duplicate of the descriptor.
-    pub fn serve(&mut self, agreed: Option<Agreed>, resend: bool) {
-        let options = Options { interrupt_patience: Duration::from_millis(10), ..Options::default() };
-        let descriptor = self.descriptor.try_clone().unwrap();
-        let session = Session::new(descriptor, Arc::clone(&self.fs), options, agreed).unwrap();
-        if resend {
-            assert!(session.resend().unwrap());
-        }
-        let (parker, agreed) = (session.parker(), session.agreed());
-        self.serving = Some((self.runtime.spawn(session.serve()), parker, agreed));
-    }
-
-    /// What was agreed, through text as another process would get it.
-    pub fn park(&mut self) -> Agreed {
-        let (serving, parker, _) = self.serving.take().unwrap();
-        let agreed = self.runtime.block_on(parker.park()).unwrap();
-        assert_eq!(self.runtime.block_on(serving).unwrap().unwrap(), Ended::Parked(agreed.clone()));
-        serde_json::from_str(&serde_json::to_string(&agreed).unwrap()).unwrap()
-    }
-
-    pub fn agreed(&self) -> Agreed {
-        let mut agreed = self.serving.as_ref().unwrap().2.clone();
-        self.runtime.block_on(async { agreed.wait_for(Option::is_some).await.unwrap().clone().unwrap() })
-    }
-
-    /// How serving ended.
-    pub fn ended(&mut self) -> Ended {
-        let (serving, ..) = self.serving.take().unwrap();
-        self.runtime.block_on(serving).unwrap().unwrap()
-    }
-
-    pub fn root(&self) -> PathBuf {
-        self.dir.path().join("mnt")
-    }
-
-    pub fn path(&self, name: impl AsRef<Path>) -> PathBuf {
-        self.root().join(name)
-    }
-}
-
-impl Drop for Mount {
-    fn drop(&mut self) {
-        let _ = self.fs.gate.send(true);
-        // Nobody is left waiting, whatever the test did.
-        let _ = abort(self.connection);
-        let _ = berth::host::mounts::detach(&self.root());
-    }
-}
-
-/// Waits for something that must come.
-#[track_caller]
-pub fn until(what: &str, mut is: impl FnMut() -> bool) {
-    let started = std::time::Instant::now();
-    while !is() {
-        assert!(started.elapsed() < Duration::from_secs(60), "{what} has not come");
-        std::thread::sleep(Duration::from_millis(5));
     }
 }
