@@ -4,6 +4,10 @@
 //! whatever may go away by itself (throttling, 5xx, a reset connection) has been retried below this trait, with
 //! back-off, for as long as [`Endpoint::patience`](super::settings::Endpoint) says.
 
+pub mod blocking;
+#[cfg(test)]
+#[allow(dead_code, reason = "each layer's tests use a part of it")]
+pub(crate) mod cloud;
 #[cfg(test)]
 #[allow(dead_code, reason = "each layer's tests use a part of it")]
 pub(crate) mod double;
@@ -16,6 +20,7 @@ pub mod embedded;
 mod failure;
 mod many;
 pub mod patient;
+pub mod places;
 pub mod probe;
 mod sdk;
 pub mod services;
