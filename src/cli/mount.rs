@@ -164,7 +164,8 @@ impl MountArguments {
     fn settings(&self, aws: &Aws<'_>) -> Result<Settings> {
         let url = self.endpoint.clone().or_else(|| aws.endpoint());
         let ca = self.ca.clone().or_else(|| aws.ca_bundle());
-        let read = |file: &Path| std::fs::read_to_string(file).with_context(|| format!("cannot read {}", file.display()));
+        let read =
+            |file: &Path| std::fs::read_to_string(file).with_context(|| format!("cannot read {}", file.display()));
         let own = url.is_some();
         let checksums = match self.checksums {
             Some(ChecksumsArgument::WhenSupported) => Checksums::WhenSupported,

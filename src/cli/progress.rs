@@ -39,7 +39,8 @@ pub(super) fn rows(mount: &Status) -> Vec<[String; 2]> {
 
 fn rows_of(mount: &Status) -> [[String; 2]; 5] {
     let progress = &mount.progress;
-    let worker = mount.worker.map_or("has ended: unmount it and mount it again".to_owned(), |pid| format!("process {pid}"));
+    let worker =
+        mount.worker.map_or("has ended: unmount it and mount it again".to_owned(), |pid| format!("process {pid}"));
     let dirty = match progress.dirty_files {
         0 => "nothing".to_owned(),
         1 => format!("{} in 1 file", format_bytes(progress.dirty_bytes)),
@@ -90,13 +91,8 @@ mod tests {
 
     #[test]
     fn progress_is_told_in_words_and_in_numbers() {
-        let progress = Progress {
-            dirty_bytes: 3 << 20,
-            dirty_files: 2,
-            uploads: 1,
-            cache_hit_bytes: 75,
-            cache_miss_bytes: 25,
-        };
+        let progress =
+            Progress { dirty_bytes: 3 << 20, dirty_files: 2, uploads: 1, cache_hit_bytes: 75, cache_miss_bytes: 25 };
         let mut mount = Status {
             id: "one".into(),
             mountpoint: "/mnt".into(),

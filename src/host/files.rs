@@ -146,14 +146,7 @@ impl FileLock {
 
     fn open(path: &Path) -> Result<File> {
         let what = || format!("cannot lock {}", path.display());
-        OpenOptions::new()
-            .read(true)
-            .write(true)
-            .create(true)
-            .truncate(false)
-            .mode(0o600)
-            .open(path)
-            .context(what)
+        OpenOptions::new().read(true).write(true).create(true).truncate(false).mode(0o600).open(path).context(what)
     }
 
     /// The locked file.

@@ -190,9 +190,7 @@ fn limit() -> rustix::io::Result<()> {
     // A core would hold credentials and other people's data.
     rustix::process::setrlimit(Resource::Core, Rlimit { current: Some(0), maximum: Some(0) })?;
     // Only root may lower it; without that it stays as it is.
-    if let Ok(score) =
-        rustix::fs::open(c"/proc/self/oom_score_adj", OFlags::WRONLY | OFlags::CLOEXEC, Mode::empty())
-    {
+    if let Ok(score) = rustix::fs::open(c"/proc/self/oom_score_adj", OFlags::WRONLY | OFlags::CLOEXEC, Mode::empty()) {
         let _ = rustix::io::write(&score, OOM_SCORE);
     }
     Ok(())

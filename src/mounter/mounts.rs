@@ -259,7 +259,8 @@ impl Mounts {
     ) -> Result<(Running, Arc<Mount>)> {
         let (this, planned) = (self.clone(), settings.clone());
         let started = tokio::task::spawn_blocking(move || this.start(&planned)).await;
-        let (process, child, socket) = started.map_err(std::io::Error::other).context(|| "cannot go on".to_owned())??;
+        let (process, child, socket) =
+            started.map_err(std::io::Error::other).context(|| "cannot go on".to_owned())??;
         let id = settings.id.clone();
         let talk = async {
             let mut connection = Connection::new(UnixStream::connect(&socket).await?)?;
@@ -345,7 +346,12 @@ impl Mounts {
                 self.upload(&slot, &mount, Phase::Absent).await;
             }
             End::Died(how) => {
-                tracing::error!(volume.id = id, worker = mount.worker, how, "the worker of a mount has died: programs get errors until it is mounted again");
+                tracing::error!(
+                    volume.id = id,
+                    worker = mount.worker,
+                    how,
+                    "the worker of a mount has died: programs get errors until it is mounted again"
+                );
                 self.upload(&slot, &mount, Phase::Dead(mount.clone())).await;
             }
         }

@@ -257,8 +257,7 @@ impl Connection {
     pub(super) async fn receive<T: DeserializeOwned>(&mut self) -> Result<Option<Frame<T>>> {
         loop {
             let (stream, incoming) = (&self.stream, &mut self.incoming);
-            let received =
-                stream.async_io(Interest::READABLE, || channel::receive(stream, incoming.room())).await?;
+            let received = stream.async_io(Interest::READABLE, || channel::receive(stream, incoming.room())).await?;
             match self.incoming.took(received)? {
                 None => return Ok(None),
                 Some(false) => {}
