@@ -102,6 +102,15 @@ pub struct MountArguments {
     /// The bucket (or the prefix) may grow to this size; then programs get ENOSPC.
     #[arg(long, value_name = "SIZE", value_parser = parse_bytes)]
     pub limit: Option<u64>,
+    /// Names and attributes that others may change are looked at again when they are older than this, in milliseconds.
+    #[arg(long, value_name = "MS", default_value_t = MAX_AGE)]
+    pub max_age: u64,
+    /// A call is tried again for so long while the service is away, in milliseconds; then programs get EIO.
+    #[arg(long, value_name = "MS", default_value_t = PATIENCE)]
+    pub patience: u64,
+    /// One attempt without progress is given up, and made again, after so long, in milliseconds.
+    #[arg(long, value_name = "MS", default_value_t = STALL)]
+    pub stall: u64,
     /// Serve it in this process, until it is unmounted or interrupted.
     #[arg(long)]
     pub foreground: bool,
@@ -180,8 +189,8 @@ impl MountArguments {
             ca: ca.as_deref().map(read).transpose()?,
             checksums,
             anonymous: self.anonymous,
-            patience: PATIENCE,
-            stall: STALL,
+            patience: self.patience,
+            stall: self.stall,
         };
         let credentials = match (&self.access_key, &self.secret_key_file) {
             _ if self.anonymous => None,
@@ -208,7 +217,7 @@ impl MountArguments {
             gid: self.gid.unwrap_or(rustix::process::getgid().as_raw()),
             file_mode: self.file_mode,
             dir_mode: self.dir_mode,
-            max_age: MAX_AGE,
+            max_age: self.max_age,
             staging: std::path::absolute(&self.staging)?,
             cache: if self.cache_size == 0 { None } else { Some(std::path::absolute(&self.cache)?) },
             cache_size: self.cache_size,

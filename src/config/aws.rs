@@ -104,7 +104,9 @@ impl Aws<'_> {
 
     /// What workers get to see of it: where credentials are to be had, and none themselves.
     pub fn for_workers(&self) -> Vec<(String, String)> {
-        FOR_WORKERS.iter().filter_map(|name| Some(((*name).to_owned(), self.get(name)?))).collect()
+        let given = FOR_WORKERS.iter().filter_map(|name| Some(((*name).to_owned(), self.get(name)?)));
+        // glibc gives each thread an arena of its own otherwise, and none of them gives memory back.
+        given.chain([("MALLOC_ARENA_MAX".to_owned(), "2".to_owned())]).collect()
     }
 }
 

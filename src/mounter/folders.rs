@@ -11,6 +11,7 @@ use std::sync::{Mutex, PoisonError};
 use sha2::{Digest, Sha256};
 
 use crate::error::{Context, Result};
+use crate::host::files::FileLock;
 use crate::objectfs::settings::Settings;
 
 /// A folder that workers pass through: they may enter, and see nothing.
@@ -121,16 +122,19 @@ impl Folders {
         Ok(Some(user))
     }
 
-    /// Takes a volume's staging folder away if nothing is in it any more.
+    /// Takes a volume's staging folder away if nothing is in it any more but the lock of who has used it.
     pub(super) fn tidy(settings: &Settings) {
         let folder = settings.staging.join(&settings.id);
-        if let Ok(entries) = std::fs::read_dir(&folder) {
-            // Folders of folders that may be empty, such as those for conflicts; the rest stays.
-            for entry in entries.flatten() {
-                let _ = std::fs::remove_dir(entry.path());
-            }
+        // A folder for conflicts may be there, and be empty.
+        let _ = std::fs::remove_dir(folder.join("conflicts"));
+        let is_lock = |entry: &std::fs::DirEntry| entry.file_name() == "lock";
+        let empty = std::fs::read_dir(&folder).is_ok_and(|entries| entries.flatten().all(|entry| is_lock(&entry)));
+        // Held while it goes, so that nobody who has it begins here.
+        let lock = folder.join("lock");
+        if empty && (!lock.exists() || FileLock::try_acquire(&lock).is_ok_and(|held| held.is_some())) {
+            let _ = std::fs::remove_file(&lock);
+            let _ = std::fs::remove_dir(&folder);
         }
-        let _ = std::fs::remove_dir(&folder);
     }
 }
 
