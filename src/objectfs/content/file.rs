@@ -10,6 +10,7 @@ use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use super::early::Early;
 use super::journal::{self, Base, Record};
 use super::ranges::RangeSet;
 use super::source::Source;
@@ -24,6 +25,7 @@ pub(super) struct Inner {
     /// Held by whoever changes or commits.
     pub(super) changing: Arc<tokio::sync::Mutex<()>>,
     state: Mutex<State>,
+    pub(super) early: Mutex<Early>,
 }
 
 /// What is where, at one moment.
@@ -69,6 +71,11 @@ impl State {
 
     pub(super) fn is_dirty(&self) -> bool {
         self.fresh || self.staged.is_some()
+    }
+
+    /// Is all of it staged, in the sparse file?
+    pub(super) fn is_new_and_large(&self) -> bool {
+        self.keep == 0 && matches!(self.store, Stage::Sparse)
     }
 
     pub(super) fn version(&self) -> Option<Version> {
@@ -168,7 +175,7 @@ pub(super) fn replay(records: &[Record]) -> Vec<u8> {
             }
             Record::InlineSize(size) => bytes.resize(*size as usize, 0),
             Record::Restart => bytes.clear(),
-            Record::Intent(_) | Record::Base(_) | Record::Sparse(_) | Record::Dirty(_) | Record::Keep(_) => {}
+            _ => {}
         }
     }
     bytes
@@ -176,7 +183,12 @@ pub(super) fn replay(records: &[Record]) -> Vec<u8> {
 
 impl Inner {
     pub(super) fn new(contents: &Arc<Contents>, state: State) -> Arc<Self> {
-        let inner = Self { contents: contents.clone(), changing: Arc::default(), state: Mutex::new(state) };
+        let inner = Self {
+            contents: contents.clone(),
+            changing: Arc::default(),
+            state: Mutex::new(state),
+            early: Mutex::default(),
+        };
         inner.contents.tally.changed(Weight::default(), inner.look(State::weight));
         Arc::new(inner)
     }

@@ -152,6 +152,8 @@ async fn a_failed_get_is_an_error_once_and_a_changed_version_is_told() {
     let error = content.read(&mut window, 0, 512 << 10).await.err().unwrap();
     assert!(matches!(error, ContentError::Store(error) if error.kind == StoreErrorKind::Corrupt));
     assert!(read(&content, &mut window, 0, 512 << 10).await == all[..512 << 10]);
+    // What is in memory is still that version's, and good; then it goes.
+    drop(window);
     double.put_raw("a", "other", Metadata::default());
     let error = content.read(&mut Window::default(), 3 * MIB, 4096).await.err().unwrap();
     assert!(matches!(error, ContentError::Changed(_)), "{error}");

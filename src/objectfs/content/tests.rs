@@ -347,3 +347,81 @@ async fn holes_are_told_and_nothing_is_past_the_largest_object() {
     }
     assert_eq!(content.size(), 9000);
 }
+
+#[tokio::test]
+async fn parts_are_sent_while_a_file_is_still_being_written() {
+    let mut early = 0;
+    for seed in 0..60 {
+        let mut random = fastrand::Rng::with_seed(seed);
+        let (folder, double) = (TempDir::new().unwrap(), Double::new());
+        double.set_least_part(200);
+        let tuning = Tuning { early: 1500, early_after: std::time::Duration::ZERO, ..small() };
+        let contents = open_with(&settings(&folder), &double, tuning).await;
+        let (content, mut model) = (contents.new_file(), Vec::new());
+        if seed % 3 == 1 {
+            double.fail_nth("*", random.usize(1..20), StoreErrorKind::Unavailable);
+        }
+        for step in 0..30 {
+            let intent = intent("a", step);
+            // Mostly in sequence, and back to the head now and then.
+            let start = if random.u32(0..6) == 0 { random.usize(0..=model.len()) } else { model.len() };
+            let length = random.usize(1..700);
+            let data = bytes(&mut random, length);
+            content.write(start as u64, &Bytes::from(data.clone()), &intent).await.unwrap();
+            model.resize(model.len().max(start + length), 0);
+            model[start..start + length].copy_from_slice(&data);
+            if random.u32(0..10) == 0 {
+                let size = random.usize(0..=model.len());
+                content.resize(size as u64, &intent).await.unwrap();
+                model.resize(size, 0);
+            }
+            for _ in 0..random.u32(0..10) {
+                tokio::task::yield_now().await;
+            }
+        }
+        let before = double.count("upload_part");
+        let mut done = content.commit(&intent("a", 99)).await;
+        if done.is_err() {
+            done = content.commit(&intent("a", 99)).await;
+        }
+        done.unwrap();
+        early += before;
+        let (found, metadata) = double.object("a").unwrap();
+        assert!(found == model, "seed {seed}");
+        assert_eq!(metadata, intent("a", 99).metadata);
+        double.heal();
+        drop((content, contents));
+        // Nothing of it stays in the bucket.
+        while !double.uploads().is_empty() && seed % 3 != 1 {
+            tokio::task::yield_now().await;
+        }
+        while double.keys() != ["a"] && seed % 3 != 1 {
+            tokio::task::yield_now().await;
+        }
+    }
+    assert!(early > 100, "{early}");
+}
+
+#[tokio::test]
+async fn a_successor_gives_up_what_was_sent_early() {
+    let (folder, double) = (TempDir::new().unwrap(), Double::new());
+    double.set_least_part(200);
+    let tuning = Tuning { early: 1500, early_after: std::time::Duration::ZERO, ..small() };
+    let contents = open_with(&settings(&folder), &double, tuning).await;
+    let content = contents.new_file();
+    for step in 0..10_u64 {
+        content.write(step * 500, &Bytes::from(vec![1; 500]), &intent("a", 1)).await.unwrap();
+    }
+    while double.count("upload_part") < 10 {
+        tokio::task::yield_now().await;
+    }
+    drop((content, contents));
+    assert_eq!(double.uploads().len(), 1);
+    let contents = open(&folder, &double).await;
+    let found = contents.recover().await.remove(0);
+    found.content.commit(&intent("a", 1)).await.unwrap();
+    while !double.uploads().is_empty() {
+        tokio::task::yield_now().await;
+    }
+    assert_eq!((double.keys(), double.object("a").unwrap().0), (vec!["a".to_owned()], Bytes::from(vec![1; 5000])));
+}
