@@ -8,6 +8,7 @@ pub mod faulty;
 pub mod files;
 pub mod mount;
 pub mod raw;
+pub mod toxiproxy;
 pub mod tracer;
 
 use std::collections::HashMap;
