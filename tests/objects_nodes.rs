@@ -11,7 +11,7 @@ use std::sync::Barrier;
 use std::time::Duration;
 
 use common::files::{fails, names, noise, same};
-use common::mount::{Mount, Options, Tree};
+use common::mount::{Mount, Options, Service, Tree};
 
 on_services!(
     and_plain: [
@@ -346,4 +346,33 @@ fn read_only_mounts_see_what_is_written(tree: &Tree) {
         assert_eq!(fs::read_to_string(b.at("same")).unwrap(), format!("{round}"));
         fails(fs::write(b.at("same"), ""), libc::EROFS);
     }
+}
+
+/// > s3fs and Berth read each other's files, modes, owners, times, links and extended attributes.
+#[test]
+fn s3fs_reads_and_writes_the_same_tree() {
+    let Some(tree) = Tree::new(Service::Minio) else { return };
+    let make = "
+        mkdir -p $0/sub $0/empty; seq 100 >$0/sub/f; chmod 640 $0/sub/f; chown 1000:100 $0/sub/f; ln -s sub/f $0/link
+        setfattr -n user.who -v 'any \"body\"' $0/sub/f; chmod 700 $0/empty; chown 5:6 $0/empty; mkfifo $0/pipe
+        head -c 12000000 /dev/zero | tr '\\0' x >$0/large; touch -d @1600000000 $0/sub/f $0/empty $0/large";
+    let look = "
+        cd $0; cat sub/f | wc -l; readlink link; stat -c '%n %A %u %g' sub sub/f empty link pipe large
+        stat -c '%n %Y %s' sub/f large; stat -c %Y empty; getfattr --only-values -n user.who sub/f; tr -d x <large | wc -c; ls";
+    let act = |mount: &Mount, script: &str, dir: &str| {
+        common::files::succeeded(&common::files::output(&mount.path, &["sh", "-ec", script, dir]))
+    };
+    let ours = node(&tree, "a");
+    act(&ours, make, "from-berth");
+    let Some(theirs) = tree.mount_s3fs() else { return };
+    let wanted = act(&ours, look, "from-berth");
+    assert_eq!(act(&theirs, look, "from-berth"), wanted);
+    act(&theirs, make, "from-s3fs");
+    std::thread::sleep(OLD);
+    assert_eq!(act(&ours, look, "from-s3fs"), wanted);
+    // What each changes, the other sees.
+    act(&ours, "chmod 600 $0/sub/f; echo more >>$0/sub/f; mv $0/large $0/sub/moved", "from-s3fs");
+    std::thread::sleep(std::time::Duration::from_millis(1500));
+    let changed = "cd $0; stat -c '%a %u %s' sub/f; tail -1 sub/f; ls sub; stat -c %s sub/moved";
+    assert_eq!(act(&theirs, changed, "from-s3fs"), "600 1000 297\nmore\nf\nmoved\n12000000\n");
 }

@@ -27,7 +27,7 @@ pub enum Service {
 
 impl Service {
     /// `None`, and why is said: this machine has none.
-    fn endpoint(self) -> Option<Endpoint> {
+    pub fn endpoint(self) -> Option<Endpoint> {
         match self {
             Self::Plain => None,
             Self::Minio => minio(),
@@ -170,15 +170,30 @@ impl Tree {
         let mut command = self.command(options, &node, &path);
         command.stdin(Stdio::null()).stdout(log.try_clone().unwrap()).stderr(log);
         let mut mount = Mount { path, node, process: Some(command.spawn().unwrap()) };
-        let end = Instant::now() + Duration::from_secs(30);
-        while !mount.is_mounted() {
-            let ended = mount.process.as_mut().unwrap().try_wait().unwrap();
-            if ended.is_some() || Instant::now() > end {
-                return Err(format!("{ended:?}\n{}", mount.log()));
-            }
-            std::thread::sleep(Duration::from_millis(5));
-        }
+        mount.wait_until_mounted()?;
         Ok(mount)
+    }
+
+    /// The same tree through s3fs. `None`, and why is said: this machine has none.
+    pub fn mount_s3fs(&self) -> Option<Mount> {
+        let node = self.dir.path().join("node-s3fs");
+        let path = self.dir.path().join("mount-s3fs");
+        std::fs::create_dir_all(&node).unwrap();
+        std::fs::create_dir(&path).unwrap();
+        let endpoint = self.endpoint.as_ref().unwrap();
+        let log = File::create(node.join("log")).unwrap();
+        let mut command = Command::new("s3fs");
+        command.arg(format!("{}:/{}", self.bucket, self.prefix.trim_end_matches('/'))).arg(&path).arg("-f");
+        command.args(["-o", &format!("url={},use_path_request_style,use_xattr,stat_cache_expire=1", endpoint.url)]);
+        command.env("AWSACCESSKEYID", &endpoint.access).env("AWSSECRETACCESSKEY", &endpoint.secret);
+        command.stdin(Stdio::null()).stdout(log.try_clone().unwrap()).stderr(log);
+        let Ok(process) = command.spawn() else {
+            println!("SKIPPED {}: no s3fs", module_path!());
+            return None;
+        };
+        let mut mount = Mount { path, node, process: Some(process) };
+        mount.wait_until_mounted().unwrap_or_else(|log| panic!("s3fs did not come up:\n{log}"));
+        Some(mount)
     }
 
     fn command(&self, options: &Options, node: &Path, path: &Path) -> Command {
@@ -226,6 +241,18 @@ impl Mount {
 
     pub fn is_mounted(&self) -> bool {
         mounts_below(&self.path).iter().any(|place| Path::new(place) == self.path)
+    }
+
+    fn wait_until_mounted(&mut self) -> Result<(), String> {
+        let end = Instant::now() + Duration::from_secs(30);
+        while !self.is_mounted() {
+            let ended = self.process.as_mut().unwrap().try_wait().unwrap();
+            if ended.is_some() || Instant::now() > end {
+                return Err(format!("{ended:?}\n{}", self.log()));
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        Ok(())
     }
 
     /// Takes it away, and waits until the bucket has everything.

@@ -282,6 +282,8 @@ fn attributes_of_other_tools_are_read(tree: &Tree) {
     raw.put(&tree.key("s3fs-xattr"), b"x", &[("mode", "33188"), ("xattr", "%7B%22user.x%22%3A%22dg%3D%3D%22%7D")]);
     raw.put(&tree.key("s3fs-link"), b"target", &[("mode", "41471"), ("mtime", "1600000000.25")]);
     raw.put(&tree.key("s3fs-dir/"), b"", &[("mode", "16832"), ("uid", "5"), ("gid", "6")]);
+    // s3fs leaves the type of directories out when it makes them.
+    raw.put(&tree.key("s3fs-new-dir/"), b"", &[("mode", "488"), ("uid", "5"), ("gid", "6"), ("mtime", "1600000000")]);
     let rclone = [("mode", "100640"), ("uid", "1000"), ("gid", "100"), ("mtime", "1600000000.123456789")];
     raw.put(&tree.key("rclone"), b"x", &rclone);
     raw.put(&tree.key("rclone-iso"), b"x", &[("mode", "0100600"), ("mtime", "1600000000")]);
@@ -306,6 +308,8 @@ fn attributes_of_other_tools_are_read(tree: &Tree) {
     assert_eq!((stat("s3fs-link").3, stat("s3fs-link").4), (1_600_000_000, 250_000_000));
     let dir = fs::metadata(mount.at("s3fs-dir")).unwrap();
     assert_eq!((dir.mode(), dir.uid(), dir.gid()), (0o40_700, 5, 6));
+    let dir = fs::metadata(mount.at("s3fs-new-dir")).unwrap();
+    assert_eq!((dir.mode(), dir.uid(), dir.gid(), dir.mtime()), (0o40_750, 5, 6, 1_600_000_000));
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs().cast_signed();
     for name in ["nothing", "nonsense"] {
         let (mode, _, _, mtime, _) = stat(name);
