@@ -1,0 +1,113 @@
+//! Who is changing which name. Each change takes the names it needs at once, or waits; nobody who holds one waits for
+//! another, so no order has to be kept.
+
+use std::collections::{HashMap, HashSet};
+use std::sync::{Mutex, PoisonError};
+
+use tokio::sync::Notify;
+
+use super::tree::Tree;
+use crate::fuse::filesystem::Ino;
+
+/// Names and subtrees that are being changed.
+#[derive(Default)]
+pub(crate) struct Places {
+    state: Mutex<State>,
+    freed: Notify,
+}
+
+#[derive(Default)]
+struct State {
+    names: HashSet<(Ino, String)>,
+    directories: HashMap<Ino, u32>,
+    moving: Vec<Ino>,
+}
+
+/// Held while names are changed.
+pub(crate) struct Held<'a> {
+    places: &'a Places,
+    names: Vec<(Ino, String)>,
+    moving: Option<Ino>,
+}
+
+impl Places {
+    /// Takes names for itself, and, to move it, the whole of a directory. `tree` is locked by the caller's closure, for
+    /// moments only.
+    pub(crate) async fn take(
+        &self,
+        names: &[(Ino, &str)],
+        moving: Option<Ino>,
+        with_tree: impl Fn(&mut dyn FnMut(&Tree)),
+    ) -> Held<'_> {
+        // Made early, so that a caller who gives up while it waits leaves nothing behind.
+        let mut held = Held { places: self, names: Vec::new(), moving: None };
+        loop {
+            let freed = self.freed.notified();
+            tokio::pin!(freed);
+            freed.as_mut().enable();
+            let mut taken = false;
+            with_tree(&mut |tree| {
+                let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+                let mut reserved = held.moving.is_some();
+                taken = state.try_take(tree, names, moving, &mut reserved);
+                held.moving = moving.filter(|_| reserved);
+            });
+            if taken {
+                held.names = names.iter().map(|(ino, name)| (*ino, (*name).to_owned())).collect();
+                return held;
+            }
+            freed.await;
+        }
+    }
+}
+
+impl State {
+    fn try_take(&mut self, tree: &Tree, names: &[(Ino, &str)], moving: Option<Ino>, reserved: &mut bool) -> bool {
+        let other = |top: &Ino| Some(*top) != moving || !*reserved;
+        let blocked = names.iter().any(|(ino, name)| {
+            self.names.contains(&(*ino, (*name).to_owned()))
+                || self.moving.iter().any(|top| other(top) && tree.is_below(*ino, *top))
+        });
+        if blocked {
+            return false;
+        }
+        if let Some(top) = moving {
+            if !*reserved {
+                if self.moving.iter().any(|at| tree.is_below(*at, top) || tree.is_below(top, *at)) {
+                    return false;
+                }
+                // From now on nothing new begins below it.
+                self.moving.push(top);
+                *reserved = true;
+            }
+            if self.directories.keys().any(|directory| tree.is_below(*directory, top)) {
+                return false;
+            }
+        }
+        for (ino, name) in names {
+            self.names.insert((*ino, (*name).to_owned()));
+            *self.directories.entry(*ino).or_default() += 1;
+        }
+        true
+    }
+}
+
+impl Drop for Held<'_> {
+    fn drop(&mut self) {
+        let mut state = self.places.state.lock().unwrap_or_else(PoisonError::into_inner);
+        for place in self.names.drain(..) {
+            if let Some(count) = state.directories.get_mut(&place.0) {
+                *count -= 1;
+                if *count == 0 {
+                    state.directories.remove(&place.0);
+                }
+            }
+            state.names.remove(&place);
+        }
+        if let Some(top) = self.moving {
+            state.moving.retain(|at| *at != top);
+        }
+        drop(state);
+        self.places.freed.notify_waiters();
+    }
+}
