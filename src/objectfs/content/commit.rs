@@ -70,8 +70,10 @@ pub(super) async fn commit(inner: &Arc<Inner>, intent: &Intent) -> Result<Versio
     let staged = inner.alter(|state| std::mem::replace(state, State::existing(source)).staged);
     if let Some(staged) = staged {
         staged.remove_log();
-        // Giving a large file's blocks back takes its time.
-        tokio::task::spawn_blocking(move || staged.remove());
+        if staged.is_sparse() {
+            // Giving a large file's blocks back takes its time.
+            tokio::task::spawn_blocking(move || staged.remove_data());
+        }
     }
     Ok(version)
 }

@@ -17,6 +17,7 @@ mod file;
 mod journal;
 mod plan;
 mod ranges;
+mod read;
 mod recover;
 mod source;
 mod staging;
