@@ -16,7 +16,7 @@ use std::time::{Instant, SystemTime, UNIX_EPOCH};
 use futures_util::StreamExt;
 use tokio::task::JoinHandle;
 
-use super::file::{Inner, Stage};
+use super::file::Inner;
 use super::journal::Record;
 use super::ranges::RangeSet;
 use super::{Contents, Version};

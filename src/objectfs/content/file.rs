@@ -161,26 +161,6 @@ pub(super) fn disk(what: &str, error: &io::Error) -> ContentError {
     }
 }
 
-/// A file's bytes from its log.
-pub(super) fn replay(records: &[Record]) -> Vec<u8> {
-    let mut bytes = Vec::new();
-    for record in records {
-        match record {
-            Record::Inline(offset, data) => {
-                let end = *offset as usize + data.len();
-                if bytes.len() < end {
-                    bytes.resize(end, 0);
-                }
-                bytes[*offset as usize..end].copy_from_slice(data);
-            }
-            Record::InlineSize(size) => bytes.resize(*size as usize, 0),
-            Record::Restart => bytes.clear(),
-            _ => {}
-        }
-    }
-    bytes
-}
-
 impl Inner {
     pub(super) fn new(contents: &Arc<Contents>, state: State) -> Arc<Self> {
         let inner = Self {
@@ -402,7 +382,7 @@ impl Inner {
     pub(super) fn inline_bytes(&self, state: &State) -> io::Result<Arc<Vec<u8>>> {
         match (&state.store, &state.staged) {
             (Stage::Inline(bytes), _) => Ok(bytes.clone()),
-            (_, Some(staged)) => Ok(Arc::new(replay(&staged.records()?))),
+            (_, Some(staged)) => Ok(Arc::new(journal::replay(&staged.records()?))),
             (_, None) => Ok(Arc::default()),
         }
     }

@@ -182,6 +182,26 @@ fn one(bytes: &[u8]) -> Option<(Record, usize)> {
     Some((record, 8 + length))
 }
 
+/// A file's bytes from its log.
+pub(super) fn replay(records: &[Record]) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    for record in records {
+        match record {
+            Record::Inline(offset, data) => {
+                let end = *offset as usize + data.len();
+                if bytes.len() < end {
+                    bytes.resize(end, 0);
+                }
+                bytes[*offset as usize..end].copy_from_slice(data);
+            }
+            Record::InlineSize(size) => bytes.resize(*size as usize, 0),
+            Record::Restart => bytes.clear(),
+            _ => {}
+        }
+    }
+    bytes
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

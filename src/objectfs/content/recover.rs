@@ -9,8 +9,8 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use serde::Serialize;
 
-use super::file::{Inner, Stage, State, disk, replay};
-use super::journal::{Base, Record};
+use super::file::{Inner, Stage, State, disk};
+use super::journal::{Base, Record, replay};
 use super::source::Source;
 use super::staging::Staged;
 use super::{Content, ContentError, Contents, Intent, Recovered, Version, commit, early};
