@@ -93,20 +93,11 @@ pub struct MountArguments {
     /// Memory for data in flight.
     #[arg(long, value_name = "SIZE", default_value = "48Mi", value_parser = parse_bytes)]
     pub memory: u64,
-    /// Look again at names and attributes that others may have changed after so many milliseconds.
-    #[arg(long, value_name = "MS", default_value_t = 1000)]
-    pub max_age: u64,
-    /// Try calls again for so many milliseconds while the service is away; then programs get EIO.
-    #[arg(long, value_name = "MS", default_value_t = PATIENCE)]
-    pub patience: u64,
-    /// Give an attempt up, and try again, after so many milliseconds without progress.
-    #[arg(long, value_name = "MS", default_value_t = STALL)]
-    pub stall: u64,
     /// The bucket (or the prefix) may grow to this size; then programs get ENOSPC.
     #[arg(long, value_name = "SIZE", value_parser = parse_bytes)]
     pub limit: Option<u64>,
     /// Names and attributes that others may change are looked at again when they are older than this, in milliseconds.
-    #[arg(long, value_name = "MS", default_value_t = MAX_AGE)]
+    #[arg(long, value_name = "MS", default_value_t = 1000)]
     pub max_age: u64,
     /// A call is tried again for so long while the service is away, in milliseconds; then programs get EIO.
     #[arg(long, value_name = "MS", default_value_t = PATIENCE)]
