@@ -122,7 +122,11 @@ impl Namespace {
                 self.tree().unlearn(parent, name);
                 Err(Errno::EXIST)
             }
-            Err(error) => Err(refused(&error)),
+            Err(error) => {
+                // It may have been carried out all the same.
+                self.tree().unlearn(parent, name);
+                Err(refused(&error))
+            }
         }
     }
 

@@ -141,7 +141,7 @@ impl Namespace {
     async fn write_index(self: &Arc<Self>, ino: Ino) {
         let Some(key) = self.index_key(ino) else { return };
         // What was written here has a time only once it is listed.
-        if !self.tree().directory(ino).is_some_and(|directory| directory.huge) && self.list_once(ino).await.is_err() {
+        if self.list_once(ino, ENTRIES_MAX / 1000).await.is_err() {
             return;
         }
         let mut entries = BTreeMap::new();

@@ -18,6 +18,8 @@ use crate::host::Errno;
 
 /// So many names of one directory are remembered; larger ones are only passed through.
 const NAMES_MAX: usize = 200_000;
+/// The listing of a larger directory is not renewed in the background.
+const PAGES_KEPT: usize = 10;
 /// A walk lists so many pages ahead before it gives up on a large directory.
 const PAGES_AHEAD: usize = 4;
 
@@ -74,8 +76,9 @@ impl Namespace {
             if listing.token.is_none() {
                 listing.whole = true;
                 self.end_listing(ino, listing);
-            } else if let Some(directory) = self.tree().directory_mut(ino) {
-                directory.huge = true;
+            }
+            if let Some(directory) = self.tree().directory_mut(ino) {
+                directory.huge = !first || !listing.whole;
             }
         }
         Ok(())
@@ -221,28 +224,32 @@ impl Namespace {
         }
     }
 
-    /// Lists one page of a directory, for lookups. `true`: that was all of it. Whoever comes while somebody lists waits.
-    pub(super) async fn list_once(self: &Arc<Self>, ino: Ino) -> Answer<bool> {
+    /// Lists a directory of at most so many pages, for lookups. `true`: that was all of it. Whoever comes while somebody
+    /// lists waits.
+    pub(super) async fn list_once(self: &Arc<Self>, ino: Ino, pages: usize) -> Answer<bool> {
         let since = Instant::now();
         let _held = self.lists.take(&[(ino, "")], None, |with| with(&self.tree())).await;
         if self.is_listed(ino, since) {
             return Ok(true);
         }
-        let (page, ask) = self.page(ino, None).await?;
-        self.take_page(ino, &page, page.token.is_none(), ask);
-        let mut tree = self.tree();
-        if page.token.is_some() {
-            if let Some(directory) = tree.directory_mut(ino) {
-                directory.huge = true;
-                directory.complete = None;
+        let (mut begun, mut token) = (None, None);
+        for number in 0..pages {
+            let (page, ask) = self.page(ino, token).await?;
+            let begun = *begun.get_or_insert(ask);
+            self.take_page(ino, &page, number == 0 && page.token.is_none(), ask);
+            token = page.token;
+            let mut tree = self.tree();
+            if token.is_none() {
+                self.complete(&mut tree, ino, begun);
             }
-            return Ok(false);
+            let Some(directory) = tree.directory_mut(ino) else { return Err(Errno::STALE) };
+            directory.huge = number > 0 || token.is_some();
+            if token.is_none() {
+                directory.misses = 0;
+                return Ok(true);
+            }
         }
-        self.complete(&mut tree, ino, ask);
-        if let Some(directory) = tree.directory_mut(ino) {
-            directory.misses = 0;
-        }
-        Ok(true)
+        Ok(false)
     }
 
     /// A listing that lookups use is renewed before it is too old, so that none of them has to wait.
@@ -251,7 +258,7 @@ impl Namespace {
             let mut tree = self.tree();
             let Some(directory) = tree.directory_mut(ino) else { return };
             let due = directory.complete.is_some_and(|complete| complete.elapsed() * 2 > self.max_age);
-            if !due || directory.huge || directory.refreshing {
+            if !due || directory.refreshing || directory.names.len() > PAGES_KEPT * 1000 {
                 return;
             }
             directory.refreshing = true;
@@ -260,7 +267,7 @@ impl Namespace {
         let this = self.clone();
         self.spawn(async move {
             // Nobody waits for it; who needs it and finds it old asks for itself.
-            let _ = this.list_once(ino).await;
+            let _ = this.list_once(ino, PAGES_KEPT).await;
             let mut tree = this.tree();
             if let Some(directory) = tree.directory_mut(ino) {
                 directory.refreshing = false;

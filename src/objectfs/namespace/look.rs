@@ -122,7 +122,7 @@ impl Namespace {
     async fn look_at_all(self: &Arc<Self>, parent: Ino, name: &str, key: &str, list: bool, ask: Ask) -> Answer<()> {
         let marker = format!("{key}/");
         let (object, below, head) = if list {
-            let (object, whole) = tokio::try_join!(self.head(key), self.list_once(parent))?;
+            let (object, whole) = tokio::try_join!(self.head(key), self.list_once(parent, 1))?;
             // What the directory's page has not shown is not there, if there was no other page.
             if whole {
                 let folder = self.tree().facts(parent, name).is_some_and(|facts| facts.directory);

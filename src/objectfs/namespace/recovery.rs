@@ -23,6 +23,9 @@ use crate::fuse::filesystem::Ino;
 /// An unlinked object is swept when it is so old: its file may still be open on another node.
 const SWEPT_AFTER: Duration = Duration::from_secs(7 * 24 * 3600);
 
+/// So long after the mount.
+const SWEPT_FROM: Duration = Duration::from_secs(60);
+
 impl Namespace {
     /// Opens a tree: staged files of an earlier worker are here again and on their way to the bucket, renames that were
     /// begun are finished.
@@ -246,9 +249,11 @@ impl Namespace {
 
     /// Unlinked objects of mounts that died.
     fn sweep(self: &Arc<Self>) {
-        let this = self.clone();
-        // Not waited for at the end: it goes on at the next mount.
+        let this = Arc::downgrade(self);
+        // Not waited for at the end: it is done at the next mount. Nor at once, since there is more urgent work then.
         tokio::spawn(async move {
+            tokio::time::sleep(SWEPT_FROM).await;
+            let Some(this) = this.upgrade() else { return };
             let prefix = format!("{}unlinked/", this.hidden);
             let mut token = None;
             loop {

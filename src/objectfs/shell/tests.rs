@@ -102,6 +102,13 @@ impl Mount {
         Self::over(double, |settings| settings.max_age = 0).await
     }
 
+    /// What the disk of a node has whose worker dies now: the next worker's.
+    pub(super) fn left_behind(&self) -> Settings {
+        let copy = tempfile::tempdir_in(self.staging.path()).unwrap().keep();
+        copy_folder(&self.settings.staging, &copy);
+        Settings { staging: copy, ..self.settings.clone() }
+    }
+
     pub(super) async fn look(&self, path: &str) -> Answer<Attr> {
         let mut at = self.fs.getattr(WHO, 1, None).await?.0;
         for name in path.split('/').filter(|name| !name.is_empty()) {
@@ -236,6 +243,19 @@ impl Mount {
     /// Keys of files, without what is hidden.
     pub(super) fn keys(&self) -> Vec<String> {
         self.double.keys().into_iter().filter(|key| !key.starts_with(".berth/")).collect()
+    }
+}
+
+fn copy_folder(from: &std::path::Path, to: &std::path::Path) {
+    for entry in std::fs::read_dir(from).unwrap() {
+        let (path, name) = entry.map(|entry| (entry.path(), entry.file_name())).unwrap();
+        if path.is_dir() {
+            std::fs::create_dir(to.join(&name)).unwrap();
+            std::fs::set_permissions(to.join(&name), std::fs::metadata(&path).unwrap().permissions()).unwrap();
+            copy_folder(&path, &to.join(&name));
+        } else {
+            std::fs::copy(&path, to.join(&name)).unwrap();
+        }
     }
 }
 

@@ -73,11 +73,13 @@ async fn exclusive_creation_is_exclusive_across_nodes() {
 }
 
 #[tokio::test]
-async fn an_answer_that_was_lost_is_no_conflict() {
+async fn what_an_earlier_try_has_made_is_no_conflict() {
     let mount = Mount::new().await;
     mount.look("").await.unwrap();
-    // The service carried the first try out; the second one met it.
-    mount.mkdir("d").await.unwrap();
+    mount.double.order("put", 0, 1, super::super::super::store::double::Fault::AnswerLost);
+    // The first try was carried out and its answer was lost: the program is told of that, and finds what it made.
+    assert_eq!(mount.mkdir("d").await, Err(Errno::IO));
+    assert_eq!(mount.look("d").await.unwrap().mode, 0o040_755);
     assert_eq!(mount.mkdir("d").await, Err(Errno::EXIST));
 }
 
