@@ -19,7 +19,7 @@ use berth::mounter::client::{Mounter, Status};
 use berth::mounter::start::{Start, start_detached, stop};
 use berth::objectfs::settings::{Checksums, Consistency, Credentials, Endpoint, Settings};
 use common::mount::{Service, Tree};
-use common::{is_root, mounts_below};
+use common::{Client, GI, Use, is_root, map, mounts_below};
 
 const BERTH: &str = env!("CARGO_BIN_EXE_berth");
 const DEADLINE: Duration = Duration::from_secs(60);
@@ -437,4 +437,74 @@ fn one_mounter_is_started_however_many_want_one() {
     stop(&start.socket, DEADLINE).unwrap();
     assert!(!start.socket.exists());
     stop(&start.socket, DEADLINE).unwrap();
+}
+
+/// Stops the mounter that a driver has started, also when the test fails.
+struct Started(PathBuf);
+
+impl Drop for Started {
+    fn drop(&mut self) {
+        let _ = stop(&self.0, DEADLINE);
+    }
+}
+
+/// > The driver may be killed, stay away and come back under live mounts: programs notice nothing.
+#[test]
+fn mounts_outlive_their_driver() {
+    let Some(tree) = Tree::new(Service::Minio) else { return };
+    let service = tree.endpoint.clone().unwrap();
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
+    let mut lab = common::Lab::bare();
+    std::fs::set_permissions(lab.path("."), std::fs::Permissions::from_mode(0o711)).unwrap();
+    let started = Started(lab.path("mounter/m.sock"));
+    for (file, text) in [("access", &service.access), ("secret", &service.secret)] {
+        std::fs::write(lab.path(file), text).unwrap();
+    }
+    let path = |name: &str| lab.path(name).display().to_string();
+    lab.config.services = Some(format!(
+        "services:\n  - {{name: main, kind: minio, url: '{}', buckets: [{}], accessKeyFile: {}, secretKeyFile: {}}}",
+        service.url,
+        tree.bucket,
+        path("access"),
+        path("secret")
+    ));
+    lab.config.extra = format!(
+        "mounter: {{start: true, socket: {}, staging: {}, cache: {}}}",
+        started.0.display(),
+        path("staging-of-files"),
+        path("cache")
+    );
+    let secrets = || [(); 2].map(|()| map(&[("accessKeyId", &service.access), ("secretAccessKey", &service.secret)]));
+    let mut client = runtime.block_on(lab.start());
+    client.secrets = secrets();
+    let mut request = Client::request("outlives", GI, &Use::default());
+    request.parameters = map(&[("bucket", &tree.bucket)]);
+    let id = runtime.block_on(client.try_create(request)).unwrap().volume_id;
+    let mounted = runtime.block_on(client.mount(&lab, &id, "one", &Use::default()));
+    let writer = Writer::start(mounted.file("x").parent().unwrap());
+    writer.goes_on(2);
+    for _ in 0..2 {
+        lab.kill();
+        writer.goes_on(3);
+        client = runtime.block_on(lab.start());
+        client.secrets = secrets();
+        writer.goes_on(2);
+    }
+    let (out, _) = common::berth(
+        &[
+            "volume",
+            "show",
+            &id,
+            "--socket",
+            lab.path("run/csi.sock").to_str().unwrap(),
+            "--mounter",
+            started.0.to_str().unwrap(),
+        ],
+        0,
+    );
+    assert!(out.contains("uploads in flight") && out.contains("process "), "{out}");
+    assert!(writer.end().unwrap() > 10);
+    runtime.block_on(client.unmount(&mounted));
+    assert!(Mounter::new(&started.0, DEADLINE).list().unwrap().is_empty());
+    runtime.block_on(client.delete(&id)).unwrap();
 }

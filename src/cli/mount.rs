@@ -18,12 +18,18 @@ use crate::mounter::objects::Objects;
 use crate::mounter::start::{SOCKET, Start, start_detached};
 use crate::mounter::worker::{Opener, Volume};
 use crate::objectfs::settings::{Checksums, Consistency, Credentials, Endpoint, Limit, Settings};
-use crate::objectfs::store::services::{PATIENCE, STALL};
 use crate::telemetry;
 use crate::volume::parse_bytes;
 
 /// So long a mount may take: what was staged earlier may be uploaded first.
 const DEADLINE: Duration = Duration::from_secs(120);
+/// A call is tried again for so long while the service is away, in milliseconds; the same as a driver's default.
+const PATIENCE: u64 = 300_000;
+/// One attempt without progress is given up after so long, in milliseconds.
+const STALL: u64 = 20_000;
+/// Names and attributes that others may change are looked at again after so long, in milliseconds.
+const MAX_AGE: u64 = 1000;
+
 /// What to mount, and where.
 #[derive(Debug, Args)]
 pub struct MountArguments {

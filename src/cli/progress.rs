@@ -7,16 +7,29 @@ use anyhow::{Result, bail};
 use serde_json::{Value, json};
 
 use super::table::{Answer, columns};
+use crate::backend::s3::mount_id;
 use crate::mounter::client::{Mounter, Status};
-use crate::volume::format_bytes;
+use crate::volume::{VolumeId, format_bytes};
 
 const DEADLINE: Duration = Duration::from_secs(10);
 
 /// A volume's mount on this machine. `None`: there is none, or no mounter.
 pub(super) async fn of_volume(id: &str, socket: &Path) -> Result<Option<Status>> {
-    let (mounter, id) = (Mounter::new(socket, DEADLINE), id.to_owned());
-    // Volumes other than object storage are shown where there is no mounter, too.
-    Ok(tokio::task::spawn_blocking(move || if mounter.is_there() { mounter.status(&id) } else { Ok(None) }).await??)
+    let mounter = Mounter::new(socket, DEADLINE);
+    let ids = [VolumeId::new(id).map_or_else(|_| id.to_owned(), |id| mount_id(&id)), id.to_owned()];
+    let find = move || {
+        // Volumes other than object storage are shown where there is no mounter, too.
+        if !mounter.is_there() {
+            return Ok(None);
+        }
+        for id in ids {
+            if let Some(there) = mounter.status(&id)? {
+                return Ok(Some(there));
+            }
+        }
+        Ok(None)
+    };
+    tokio::task::spawn_blocking(find).await?
 }
 
 /// The mount at a path of this machine.

@@ -3,7 +3,6 @@
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
 
@@ -12,12 +11,7 @@ use crate::error::{Context, Error, ErrorKind, Result};
 use crate::fuse::{FileSystem, Options, Session};
 use crate::objectfs::settings::{Credentials, Settings};
 use crate::objectfs::shell::ObjectFs;
-use crate::objectfs::store::patient::Patient;
-use crate::objectfs::store::probe::probe;
-use crate::objectfs::store::{self, ListRequest, S3, Store, StoreError, StoreErrorKind, StoreResult};
-
-/// A service that is away is asked again after so long.
-const PAUSE: Duration = Duration::from_secs(1);
+use crate::objectfs::store::{self, ListRequest, Opened, S3, StoreError, StoreErrorKind, StoreResult};
 
 /// Opens what settings name.
 pub struct Objects;
@@ -26,8 +20,7 @@ pub struct Objects;
 impl Opener for Objects {
     async fn open(&self, settings: Settings) -> Result<Arc<dyn Volume>> {
         let id = settings.id.clone();
-        let s3 = reach(&settings).await.map_err(|error| refused(&settings, error))?;
-        let store = Patient::new(s3.clone(), settings.endpoint.patience());
+        let Opened { s3, store } = reach(&settings).await.map_err(|error| refused(&settings, error))?;
         let filesystem = ObjectFs::open(settings, store).await.context(|| format!("cannot open {id}"))?;
         Ok(Arc::new(OpenBucket { filesystem, s3, ended: AtomicBool::new(false) }))
     }
@@ -81,26 +74,15 @@ impl Volume for OpenBucket {
 }
 
 /// Connects, and finds out what the service can do. The bucket has to be there.
-async fn reach(settings: &Settings) -> StoreResult<Arc<S3>> {
-    let s3 = store::connect(&settings.endpoint, settings.credentials.as_ref(), &settings.bucket).await?;
-    // Nothing is retried below, so a service that is away for a moment is asked again here.
-    let end = Instant::now() + settings.endpoint.patience();
-    loop {
-        let tried = if settings.read_only {
-            // Nothing will be written, and the trial would.
-            let one = ListRequest { prefix: settings.prefix.clone(), limit: Some(1), ..ListRequest::default() };
-            s3.list(&one).await.map(|_| s3.abilities())
-        } else {
-            probe(&s3).await
-        };
-        match tried {
-            Err(error) if error.kind == StoreErrorKind::Unavailable && Instant::now() < end => {
-                tracing::info!(%error, "waiting for the service");
-                tokio::time::sleep(PAUSE).await;
-            }
-            tried => return tried.map(|abilities| s3.honouring(abilities)),
-        }
+async fn reach(settings: &Settings) -> StoreResult<Opened> {
+    let Settings { endpoint, credentials, bucket, prefix, read_only, .. } = settings;
+    let opened = store::open(endpoint, credentials.as_ref(), bucket, *read_only).await?;
+    if *read_only {
+        // Nothing has been asked of it yet.
+        let one = ListRequest { prefix: prefix.clone(), limit: Some(1), ..ListRequest::default() };
+        opened.store.list(&one).await?;
     }
+    Ok(opened)
 }
 
 fn refused(settings: &Settings, error: StoreError) -> Error {

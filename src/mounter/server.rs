@@ -13,10 +13,14 @@ use super::mounts::Mounts;
 use super::protocol::{Connection, Failure, Frame, Reply, Request};
 use crate::error::{Context, Error, Result};
 use crate::host::files::FileLock;
+use crate::objectfs::content;
 use crate::server::socket::{self, Directory};
 
 /// Locked by a running mounter, whose process id is in it.
 pub(super) const LOCK: &str = "mounter.lock";
+
+/// Caches are looked at after so long.
+const EVICTION: Duration = Duration::from_secs(10);
 
 /// How a mounter works.
 #[derive(Clone, Debug)]
@@ -68,6 +72,7 @@ pub async fn run(options: Options) -> Result<()> {
     let (mut terminate, mut interrupt) = (watch(SignalKind::terminate())?, watch(SignalKind::interrupt())?);
     mounts.adopt_all().await?;
     tracing::info!("ready");
+    let evicting = tokio::spawn(evict(mounts.clone()));
     loop {
         let (stream, _) = tokio::select! {
             accepted = listener.accept() => match accepted {
@@ -84,8 +89,25 @@ pub async fn run(options: Options) -> Result<()> {
         tokio::spawn(talk(mounts.clone(), stream));
     }
     drop(file);
+    evicting.abort();
     tracing::info!("ending: workers go on, and the next mounter takes them over");
     Ok(())
+}
+
+/// Keeps caches at their size: workers can't, since they don't see what others have put there.
+async fn evict(mounts: Arc<Mounts>) {
+    loop {
+        tokio::time::sleep(EVICTION).await;
+        for (folder, size) in mounts.caches() {
+            let evicted = tokio::task::spawn_blocking({
+                let folder = folder.clone();
+                move || content::evict(&folder, size)
+            });
+            if let Ok(Err(error)) = evicted.await {
+                tracing::warn!(folder = %folder.display(), %error, "cannot evict from the cache");
+            }
+        }
+    }
 }
 
 async fn talk(mounts: Arc<Mounts>, stream: UnixStream) {

@@ -29,6 +29,7 @@ use crate::host::probe::Probes;
 use crate::objectfs::store::blocking::{Bucket, Buckets};
 use crate::secrets::Secrets;
 use names::{Address, Site};
+pub use node::mount_id;
 
 /// The back end.
 pub struct ObjectStorage {

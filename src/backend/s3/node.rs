@@ -36,7 +36,7 @@ const CONNECT: Duration = Duration::from_secs(2);
 const TYPE: &str = "fuse.berth";
 
 /// What a volume's mount is called here: a plain name, whatever the id.
-pub(super) fn mount_id(id: &VolumeId) -> String {
+pub fn mount_id(id: &VolumeId) -> String {
     let hash = Sha256::digest(id.as_str().as_bytes());
     hash.iter().take(16).fold("v".to_owned(), |text, byte| format!("{text}{byte:02x}"))
 }

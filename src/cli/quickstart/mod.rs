@@ -5,6 +5,7 @@
 
 mod data;
 mod driver;
+mod objects;
 mod report;
 mod steps;
 mod work;
@@ -13,6 +14,7 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow, bail};
 use clap::Args;
@@ -20,6 +22,7 @@ use tokio::signal::unix::{SignalKind, signal};
 
 use super::client::{Client, ControllerCan};
 use super::kubelet::Kubelet;
+use crate::mounter::start;
 use crate::volume::{format_bytes, parse_bytes};
 use driver::Driver;
 use report::Report;
@@ -27,6 +30,7 @@ use work::{State, Work};
 
 /// The data has to fit, with room for the file system.
 const MINIMUM: u64 = 2 * data::SIZE;
+const STOP_LIMIT: Duration = Duration::from_secs(20);
 /// So much of the driver's log is shown after a failure.
 const LAST_LINES: usize = 15;
 
@@ -48,6 +52,9 @@ pub struct QuickstartArguments {
     /// End what `--keep` left, or what was killed half way: the folder that it printed.
     #[arg(long, value_name = "DIR")]
     pub end: Option<PathBuf>,
+    /// Where object storage is.
+    #[command(flatten)]
+    pub objects: objects::ObjectArguments,
 }
 
 /// Shows everything, prints a table of it, and takes it all away again.
@@ -60,6 +67,7 @@ pub async fn run(arguments: QuickstartArguments) -> Result<()> {
     }
     if let Some(folder) = &arguments.end {
         let work = Work::open(folder)?;
+        let _server = objects::revive(&work.state()?, &work).await.map_err(|error| still_there(&work, &error))?;
         clean(&work).await.map_err(|error| still_there(&work, &error))?;
         super::say(&format!("{} and all that belonged to it are gone", work.folder().display()));
         return Ok(());
@@ -72,8 +80,17 @@ pub async fn run(arguments: QuickstartArguments) -> Result<()> {
     let mut report = Report::new(stop_on_signals(&work)?);
     let _ = writeln!(std::io::stderr(), "berth: working in {}", work.folder().display());
     let mut result = work.make(&state, arguments.size);
+    // Alive until the clean-up is over.
+    let mut server = None;
+    if result.is_ok() {
+        let prepared = objects::prepare(&arguments.objects, arguments.keep, &mut report, &mut state, &work).await;
+        result = prepared.map(|prepared| server = prepared);
+    }
     if result.is_ok() {
         result = steps::run(&mut report, &mut state, &work, arguments.size).await;
+    }
+    if result.is_ok() {
+        result = objects::run(&mut report, &state, &work, arguments.size).await;
     }
     if result.is_ok() && arguments.keep {
         report.print();
@@ -82,6 +99,7 @@ pub async fn run(arguments: QuickstartArguments) -> Result<()> {
     }
     let last_words = work.last_words(LAST_LINES);
     let cleaned = clean(&work).await.map_err(|error| still_there(&work, &error));
+    drop(server);
     report.print();
     if let Err(error) = result {
         if let Err(error) = &cleaned {
@@ -149,14 +167,19 @@ async fn clean(work: &Work) -> Result<()> {
     let driver = match Driver::find(&state, work) {
         Some(driver) => Some(driver),
         // One that never came up has made nothing.
-        None if is_empty(&work.pool()) => None,
+        None if is_empty(&work.pool()) && is_empty(&work.bucket_store()) => None,
         None => Some(Driver::start(&mut state, work)?),
     };
     if let Some(driver) = driver {
         driver.ready(work).await?;
-        delete_all(work).await?;
+        delete_all(work, &work.socket()).await?;
+        if state.service.is_some() {
+            delete_all(work, &work.object_socket()).await?;
+        }
         driver.stop().await?;
     }
+    let mounter = work.mounter_socket();
+    tokio::task::spawn_blocking(move || start::stop(&mounter, STOP_LIMIT)).await??;
     work.remove(&state)
 }
 
@@ -164,8 +187,8 @@ fn is_empty(folder: &Path) -> bool {
     std::fs::read_dir(folder).map_or(true, |mut entries| entries.next().is_none())
 }
 
-async fn delete_all(work: &Work) -> Result<()> {
-    let client = Client::connect(&work.socket(), Some(&work.socket())).await?;
+async fn delete_all(work: &Work, socket: &Path) -> Result<()> {
+    let client = Client::connect(socket, Some(socket)).await?;
     let staging = work.staging();
     let kubelet = Kubelet { client: &client, staging: &staging, secrets: Default::default() };
     for volume in client.volumes().await? {

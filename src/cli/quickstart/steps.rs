@@ -16,7 +16,7 @@ use crate::host::files;
 use crate::volume::format_bytes;
 
 /// The file that is written to the volume.
-const FILE: &str = "random.bin";
+pub(super) const FILE: &str = "random.bin";
 const WHOLE: Access = Access::Mount { filesystem: String::new(), options: Vec::new() };
 
 /// Starts the driver and shows what it can. What is left afterwards the clean-up finds by itself.
@@ -54,7 +54,7 @@ pub(super) async fn run(report: &mut Report, state: &mut State, work: &Work, siz
         .await?;
     report
         .step(restore, async {
-            let beside = beside(&path);
+            let beside = beside(&path, "restored");
             let (id, _) =
                 create(&client, "quickstart-restored", size.saturating_mul(2), Origin::Snapshot(snapshot)).await?;
             mount(&kubelet, &id, &beside).await?;
@@ -64,7 +64,7 @@ pub(super) async fn run(report: &mut Report, state: &mut State, work: &Work, siz
         .await
 }
 
-async fn create(client: &Client, name: &str, size: u64, origin: Origin) -> Result<(String, String)> {
+pub(super) async fn create(client: &Client, name: &str, size: u64, origin: Origin) -> Result<(String, String)> {
     let parameters = [].into();
     let wish = Wish { name: name.to_owned(), size: Some(size), access: WHOLE, parameters, origin };
     let volume = client.create(&wish).await?;
@@ -73,19 +73,19 @@ async fn create(client: &Client, name: &str, size: u64, origin: Origin) -> Resul
     Ok((volume.volume_id, result))
 }
 
-async fn mount(kubelet: &Kubelet<'_>, id: &str, path: &Path) -> Result<((), String)> {
+pub(super) async fn mount(kubelet: &Kubelet<'_>, id: &str, path: &Path) -> Result<((), String)> {
     let path = kubelet.mount(id, path, &WHOLE, false).await?;
     Ok(((), format!("at {}", path.display())))
 }
 
-async fn write(path: &Path, stop: &Arc<AtomicBool>) -> Result<(String, String)> {
+pub(super) async fn write(path: &Path, stop: &Arc<AtomicBool>) -> Result<(String, String)> {
     let seed = u64::from(std::process::id());
     let pass = through(path, stop, move |file, stop| data::write(file, seed, stop)).await?;
     let result = format!("{}, with fsync", pass.speed);
     Ok((pass.checksum, result))
 }
 
-async fn read(path: &Path, stop: &Arc<AtomicBool>, written: &str) -> Result<((), String)> {
+pub(super) async fn read(path: &Path, stop: &Arc<AtomicBool>, written: &str) -> Result<((), String)> {
     let pass = through(path, stop, data::read).await?;
     if pass.checksum != written {
         bail!("{} is not what was written: SHA-256 is {}, and {written} is right", path.display(), pass.checksum);
@@ -103,7 +103,7 @@ async fn through(
     tokio::task::spawn_blocking(move || pass(&file, &stop)).await.context("cannot go on")?
 }
 
-async fn grow(kubelet: &Kubelet<'_>, id: &str, path: &Path, size: u64) -> Result<((), String)> {
+pub(super) async fn grow(kubelet: &Kubelet<'_>, id: &str, path: &Path, size: u64) -> Result<((), String)> {
     let before = files::space(path)?.total;
     kubelet.grow(id, path, size).await?;
     let after = files::space(path)?.total;

@@ -7,6 +7,7 @@
 //! berth.yaml      its configuration
 //! berth.log       what it says
 //! state.json      what the clean-up has to know
+//! objects/        what object storage needs: keys, the embedded server's buckets, the mounter and its files
 //! data/           where the volume is mounted, unless the user names a path
 //! ```
 
@@ -18,12 +19,14 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, bail};
 use serde::{Deserialize, Serialize};
 
+use super::objects::Service;
 use crate::cli::kubelet::absolute;
 use crate::host::{files, mounts};
+use crate::objectfs::settings::Credentials;
 use crate::volume::format_bytes;
 
-/// Socket paths have at most 107 bytes (unix(7)).
-const SOCKET_LIMIT: usize = 107;
+/// Socket paths have at most 107 bytes (unix(7)), and workers' are the longest here.
+const SOCKET_LIMIT: usize = 107 - "objects/run/workers/0123456789abcdef.sock".len() + "run/csi.sock".len();
 
 /// The work folder.
 #[derive(Clone, Debug)]
@@ -38,6 +41,8 @@ pub(super) struct State {
     pub(super) pid: Option<i32>,
     /// Where the volume is mounted.
     pub(super) path: PathBuf,
+    /// Where object storage is, if it is shown.
+    pub(super) service: Option<Service>,
     /// Empty directories that volumes are mounted on and that were there before: unmounting removes them.
     pub(super) existed: Vec<Existed>,
     /// Parents that had to be made, the uppermost first.
@@ -53,10 +58,10 @@ pub(super) struct Existed {
     group: u32,
 }
 
-/// A path beside the volume's, for the second volume.
-pub(super) fn beside(path: &Path) -> PathBuf {
+/// A path beside the volume's, for another volume.
+pub(super) fn beside(path: &Path, what: &str) -> PathBuf {
     let mut name = path.file_name().map(OsString::from).unwrap_or_default();
-    name.push("-restored");
+    name.push(format!("-{what}"));
     path.with_file_name(name)
 }
 
@@ -78,8 +83,9 @@ impl State {
             bail!("cannot work in {}: the path is too long for a socket; name a shorter --pool", parent.display());
         }
         let path = path.map_or_else(|| Ok(work.0.join("data")), absolute)?;
-        let mut state = Self { program, pid: None, path: path.clone(), existed: Vec::new(), made: Vec::new() };
-        for target in [path.clone(), beside(&path)] {
+        let mut state =
+            Self { program, pid: None, path: path.clone(), service: None, existed: Vec::new(), made: Vec::new() };
+        for target in [path.clone(), beside(&path, "restored"), beside(&path, "objects")] {
             state.existed.extend(Existed::look(&target)?);
         }
         let missing = |path: &Path| -> Vec<PathBuf> {
@@ -104,7 +110,9 @@ pub(super) fn promised(size: u64) -> u64 {
 
 fn check_room(parent: &Path, size: u64) -> Result<()> {
     let Some(folder) = parent.ancestors().find(|folder| folder.exists()) else { return Ok(()) };
-    let needed = if files::has_reflink(folder)? { promised(size) } else { size.saturating_mul(3) };
+    // Of object storage: what is staged, what the server has, and the cache.
+    let objects = 4 * super::data::SIZE;
+    let needed = if files::has_reflink(folder)? { promised(size) } else { size.saturating_mul(3) } + objects;
     let free = files::space(folder)?.free;
     if free < needed {
         let (free, needed) = (format_bytes(free), format_bytes(needed));
@@ -147,22 +155,48 @@ impl Work {
         if !work.state_file().is_file() {
             bail!("{} is not a quickstart's folder: name the one that `--keep` printed", work.0.display());
         }
-        if stat.uid() != rustix::process::geteuid().as_raw() || stat.mode() & 0o077 != 0 {
+        if stat.uid() != rustix::process::geteuid().as_raw() || stat.mode() & 0o066 != 0 {
             bail!("{} is open to other users: not trusting what it says", work.0.display());
         }
         Ok(work)
     }
 
-    /// Makes the folder, private to this user, with the pool and the configuration.
+    /// Makes the folder with the pool and the configuration. Others may only pass through: workers are other users.
     pub(super) fn make(&self, state: &State, size: u64) -> Result<()> {
         let what = || format!("cannot make {}", self.0.display());
         if let Some(parent) = self.0.parent() {
             std::fs::create_dir_all(parent).with_context(what)?;
         }
-        std::fs::DirBuilder::new().mode(0o700).create(&self.0).with_context(what)?;
+        make_passage(&self.0).with_context(what)?;
         self.write_state(state)?;
         std::fs::create_dir(self.pool()).with_context(what)?;
         std::fs::write(self.config(), self.configuration(size)?).with_context(what)
+    }
+
+    /// Makes the folder of object storage, with the keys.
+    pub(super) fn make_objects(&self, credentials: &Credentials) -> Result<()> {
+        let what = || format!("cannot make {}", self.objects().display());
+        make_passage(&self.objects()).with_context(what)?;
+        std::fs::DirBuilder::new().mode(0o700).create(self.bucket_store()).with_context(what)?;
+        // The process' umask keeps them from others.
+        std::fs::write(self.access_key(), &credentials.access_key).with_context(what)?;
+        std::fs::write(self.secret_key(), &credentials.secret_key).with_context(what)
+    }
+
+    pub(super) fn credentials(&self) -> Result<Credentials> {
+        let read =
+            |path: PathBuf| std::fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()));
+        Ok(Credentials {
+            access_key: read(self.access_key())?,
+            secret_key: read(self.secret_key())?,
+            session_token: None,
+        })
+    }
+
+    pub(super) fn add_to_configuration(&self, text: &str) -> Result<()> {
+        let what = || format!("cannot write {}", self.config().display());
+        let there = std::fs::read_to_string(self.config()).with_context(what)?;
+        std::fs::write(self.config(), there + text).with_context(what)
     }
 
     fn configuration(&self, size: u64) -> Result<String> {
@@ -199,6 +233,24 @@ impl Work {
     pub(super) fn socket(&self) -> PathBuf {
         self.0.join("run/csi.sock")
     }
+    pub(super) fn object_socket(&self) -> PathBuf {
+        self.0.join("run/s3.sock")
+    }
+    pub(super) fn objects(&self) -> PathBuf {
+        self.0.join("objects")
+    }
+    pub(super) fn bucket_store(&self) -> PathBuf {
+        self.objects().join("buckets")
+    }
+    pub(super) fn access_key(&self) -> PathBuf {
+        self.objects().join("access-key")
+    }
+    pub(super) fn secret_key(&self) -> PathBuf {
+        self.objects().join("secret-key")
+    }
+    pub(super) fn mounter_socket(&self) -> PathBuf {
+        self.objects().join("run/mounter.sock")
+    }
     pub(super) fn config(&self) -> PathBuf {
         self.0.join("berth.yaml")
     }
@@ -232,6 +284,11 @@ impl Work {
         }
         Ok(())
     }
+}
+
+fn make_passage(folder: &Path) -> std::io::Result<()> {
+    std::fs::DirBuilder::new().mode(0o700).create(folder)?;
+    std::fs::set_permissions(folder, std::fs::Permissions::from_mode(0o711))
 }
 
 /// Removes a tree of ours, never across a mount. Nothing goes before all of it has been looked at.
@@ -278,7 +335,7 @@ mod tests {
         assert_eq!(names(&state.made), ["a", "p", "p/q"]);
         assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
         work.make(&state, 1 << 30).unwrap();
-        assert_eq!(work.folder().metadata().unwrap().mode() & 0o777, 0o700);
+        assert_eq!(work.folder().metadata().unwrap().mode() & 0o777, 0o711);
         assert_eq!(work.state().unwrap().path, dir.path().join("a/b"));
         Config::load(&work.config()).unwrap();
         work.remove(&state).unwrap();
