@@ -9,6 +9,7 @@
 use std::future::Future;
 use std::ops::Range;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use async_trait::async_trait;
@@ -28,6 +29,9 @@ use super::wire::{body, etag, headers, metadata, percent_decoded, percent_encode
 use super::*;
 use crate::objectfs::settings::{Checksums, Credentials, Endpoint};
 
+/// Calls about a bucket as a whole are tried again no longer than this: somebody waits.
+const BUCKET_PATIENCE: Duration = Duration::from_secs(30);
+
 /// One bucket of an S3 service.
 #[derive(Clone)]
 pub struct S3 {
@@ -37,6 +41,10 @@ pub struct S3 {
     pub(super) aws: bool,
     wallet: Wallet,
     abilities: Abilities,
+    /// Longest time that calls about the bucket as a whole are tried again.
+    pub(super) patience: Duration,
+    /// The service compares the version of a copy's source. RGW 16.2 does not: then a look goes before.
+    pub(super) sources_compared: Arc<AtomicBool>,
     /// Bodies carry checksums.
     checked: bool,
     /// Bodies are hashed for the signature.
@@ -59,6 +67,8 @@ pub async fn connect(endpoint: &Endpoint, credentials: Option<&Credentials>, buc
         aws: endpoint.url.is_none(),
         wallet,
         abilities: super::probe::NONE,
+        patience: endpoint.patience().min(BUCKET_PATIENCE),
+        sources_compared: Arc::default(),
         checked,
         hashed: !checked && !tls,
     }))
@@ -106,6 +116,20 @@ impl S3 {
             (Condition::Absent, None) => Ok(()),
             (Condition::Is(wanted), Some(etag)) if *wanted == etag => Ok(()),
             _ => Err(failure(verb, key, StoreErrorKind::Conflict, "another version is there")),
+        }
+    }
+
+    /// Looks whether the source of a copy is of the version, where the service would not.
+    async fn look_at_source(&self, verb: &str, from: &str, version: Option<&Etag>) -> StoreResult<()> {
+        match version {
+            Some(version) if !self.sources_compared.load(Ordering::Relaxed) => {
+                if self.head(from).await?.etag == *version {
+                    Ok(())
+                } else {
+                    Err(failure(verb, from, StoreErrorKind::Conflict, "another version is there"))
+                }
+            }
+            _ => Ok(()),
         }
     }
 
@@ -265,6 +289,7 @@ impl Store for S3 {
         about: Option<&Metadata>,
         condition: &Condition,
     ) -> StoreResult<Etag> {
+        self.look_at_source("copy", from, version).await?;
         let honoured = self.abilities.conditional_copy;
         self.look("copy to", to, condition, honoured).await?;
         let (absent, is) = conditions(condition, honoured);
@@ -384,6 +409,7 @@ impl Store for S3 {
         version: Option<&Etag>,
         range: Range<u64>,
     ) -> StoreResult<Part> {
+        self.look_at_source("copy a part of", from, version).await?;
         let copied = self.asked(|| async {
             let call = self.client.upload_part_copy().bucket(&self.bucket).key(key).upload_id(&upload.0);
             let call = call.part_number(number.cast_signed()).copy_source(self.source(from));
