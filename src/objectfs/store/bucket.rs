@@ -1,9 +1,10 @@
-//! Buckets as a whole: made, looked for, deleted. For the CSI back end; a mount has no use for it.
+//! Buckets as a whole: made, looked for, deleted; tried again for a while. For the CSI back end; a mount has no use for it.
 
 use aws_sdk_s3::error::ProvideErrorMetadata;
 use aws_sdk_s3::types::{BucketLocationConstraint, CreateBucketConfiguration};
 
 use super::failure::failed;
+use super::patient::until;
 use super::sdk::S3;
 use super::{StoreErrorKind, StoreResult};
 
@@ -13,6 +14,10 @@ impl S3 {
     /// # Errors
     /// `Conflict`: it is somebody else's. `Invalid`: the service won't have the name.
     pub async fn ensure_bucket(&self) -> StoreResult<()> {
+        until(self.patience, || self.ensured()).await
+    }
+
+    async fn ensured(&self) -> StoreResult<()> {
         // AWS wants to hear the region, but not its oldest; others have names of their own for places, and know what is
         // meant by none.
         let named = self.aws && self.region != "us-east-1";
@@ -43,7 +48,7 @@ impl S3 {
     /// # Errors
     /// `Denied`: there is one, which is not for us.
     pub async fn bucket_exists(&self) -> StoreResult<bool> {
-        let looked = self.asked(|| async {
+        let looked = until(self.patience, || async {
             let call = self.client.head_bucket().bucket(&self.bucket);
             call.send().await.map_err(|error| failed("look at the bucket", &self.bucket, &error))
         });
@@ -59,7 +64,7 @@ impl S3 {
     /// # Errors
     /// `Conflict`: there is something in it.
     pub async fn delete_bucket(&self) -> StoreResult<()> {
-        let deleted = self.asked(|| async {
+        let deleted = until(self.patience, || async {
             let call = self.client.delete_bucket().bucket(&self.bucket);
             call.send().await.map_err(|error| failed("delete the bucket", &self.bucket, &error))
         });

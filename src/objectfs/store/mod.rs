@@ -41,7 +41,8 @@ pub use sdk::{S3, connect};
 
 use super::settings::{Credentials, Endpoint};
 
-/// An entity tag with its quotes, as the service writes it. Two versions of one key never share one.
+/// An entity tag with its quotes, as the service writes it. It is mostly the MD5 of the bytes: versions that differ only in
+/// their metadata, or that have the same bytes again, share one.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
 pub struct Etag(pub String);
 
@@ -283,7 +284,7 @@ pub trait Store: Send + Sync + 'static {
     /// Gives an upload up. Not being there is success.
     async fn abort_upload(&self, key: &str, upload: &UploadId) -> StoreResult<()>;
 
-    /// Uploads that were begun below a prefix, with their keys and times.
+    /// Uploads that were begun below a prefix, with their keys and times. MinIO finds them only if the prefix is a whole key.
     async fn list_uploads(&self, prefix: &str) -> StoreResult<Vec<(String, UploadId, SystemTime)>>;
 }
 

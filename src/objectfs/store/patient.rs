@@ -36,9 +36,9 @@ use std::time::{Duration, SystemTime};
 use async_trait::async_trait;
 use bytes::{Bytes, BytesMut};
 use futures_util::StreamExt;
-use md5::{Digest, Md5};
 use tokio::time::Instant;
 
+use super::wire::etag_of;
 use super::*;
 
 /// The first pause; each is twice as long as the one before.
@@ -197,22 +197,6 @@ fn holds(payload: &Payload, offset: u64, piece: &Bytes) -> bool {
             file.read_exact_at(&mut own, range.start + offset).is_ok() && own == piece[..]
         }
     }
-}
-
-/// The etag that an object made of these parts has, if theirs are MD5s.
-fn etag_of(parts: &[Part]) -> Option<Etag> {
-    let mut sum = Md5::new();
-    for part in parts {
-        let text = part.etag.0.trim_matches('"');
-        if text.len() != 32 || !text.is_ascii() {
-            return None;
-        }
-        for at in (0..32).step_by(2) {
-            sum.update([u8::from_str_radix(&text[at..at + 2], 16).ok()?]);
-        }
-    }
-    let hex: String = sum.finalize().iter().map(|byte| format!("{byte:02x}")).collect();
-    Some(Etag(format!("\"{hex}-{}\"", parts.len())))
 }
 
 /// What a body needs to go on after it broke off.

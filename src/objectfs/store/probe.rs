@@ -3,6 +3,8 @@
 //! An endpoint counts as able only if it both refuses what the condition forbids and does what it allows; one that ignores
 //! a header does not refuse, and one that does not know it may refuse all.
 
+use std::sync::atomic::Ordering;
+
 use bytes::Bytes;
 
 use super::sdk::S3;
@@ -76,13 +78,28 @@ async fn trials(s3: &S3, key: &str) -> StoreResult<Abilities> {
 
     let copy = format!("{key}-copy");
     let try_copy = async |to: &str, condition: &Condition| done(s3.copy(key, None, to, None, condition).await);
+    let wrong = Etag("\"00000000000000000000000000000000\"".to_owned());
+    // Also of the source: here no look may go before.
+    s3.sources_compared.store(true, Ordering::Relaxed);
+    let upload = done(s3.begin_upload(&copy, &none).await)?;
+    let compared = done(s3.copy(key, Some(&wrong), &copy, None, &Condition::None).await);
+    let part = match &upload {
+        Some(upload) => done(s3.copy_part(&copy, upload, 1, key, Some(&wrong), 0..1).await),
+        None => Ok(None),
+    };
+    if let Some(upload) = upload {
+        let _ = s3.abort_upload(&copy, &upload).await;
+    }
+    let refused = matches!((&compared, &part), (Ok(None), Ok(None)));
+    s3.sources_compared.store(refused, Ordering::Relaxed);
+    (compared?, part?);
+    s3.delete(&copy, None).await?;
     let conditional_copy = try_copy(&copy, &Condition::Absent).await?.is_some()
         && try_copy(&copy, &Condition::Absent).await?.is_none()
         && try_copy(&copy, &other).await?.is_none();
 
     let conditional_finish = finish(s3, key, &etag, &other).await?;
 
-    let wrong = Etag("\"00000000000000000000000000000000\"".to_owned());
     let kept = done(s3.delete(key, Some(&wrong)).await)?.is_none();
     let there = s3.head(key).await.ok().map(|head| head.etag);
     let conditional_delete = kept

@@ -9,6 +9,7 @@
 use std::future::Future;
 use std::ops::Range;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use async_trait::async_trait;
@@ -24,9 +25,15 @@ use futures_util::StreamExt;
 
 use super::connect::{Wallet, client};
 use super::failure::{broken, failed, failure};
-use super::wire::{body, etag, headers, metadata, percent_decoded, percent_encoded};
+use super::wire::{body, etag, etag_of, headers, metadata, percent_decoded, percent_encoded};
 use super::*;
 use crate::objectfs::settings::{Checksums, Credentials, Endpoint};
+
+/// Calls about a bucket as a whole are tried again no longer than this: somebody waits.
+const BUCKET_PATIENCE: Duration = Duration::from_secs(30);
+
+/// Begins a token that is a folded prefix: go on behind all that lies below it. Others are the service's own, behind a `=`.
+const BEHIND: &str = ">";
 
 /// One bucket of an S3 service.
 #[derive(Clone)]
@@ -37,6 +44,10 @@ pub struct S3 {
     pub(super) aws: bool,
     wallet: Wallet,
     abilities: Abilities,
+    /// Longest time that calls about the bucket as a whole are tried again.
+    pub(super) patience: Duration,
+    /// The service compares the version of a copy's source. RGW 16.2 does not: then a look goes before.
+    pub(super) sources_compared: Arc<AtomicBool>,
     /// Bodies carry checksums.
     checked: bool,
     /// Bodies are hashed for the signature.
@@ -59,6 +70,8 @@ pub async fn connect(endpoint: &Endpoint, credentials: Option<&Credentials>, buc
         aws: endpoint.url.is_none(),
         wallet,
         abilities: super::probe::NONE,
+        patience: endpoint.patience().min(BUCKET_PATIENCE),
+        sources_compared: Arc::default(),
         checked,
         hashed: !checked && !tls,
     }))
@@ -106,6 +119,20 @@ impl S3 {
             (Condition::Absent, None) => Ok(()),
             (Condition::Is(wanted), Some(etag)) if *wanted == etag => Ok(()),
             _ => Err(failure(verb, key, StoreErrorKind::Conflict, "another version is there")),
+        }
+    }
+
+    /// Looks whether the source of a copy is of the version, where the service would not.
+    async fn look_at_source(&self, verb: &str, from: &str, version: Option<&Etag>) -> StoreResult<()> {
+        match version {
+            Some(version) if !self.sources_compared.load(Ordering::Relaxed) => {
+                if self.head(from).await?.etag == *version {
+                    Ok(())
+                } else {
+                    Err(failure(verb, from, StoreErrorKind::Conflict, "another version is there"))
+                }
+            }
+            _ => Ok(()),
         }
     }
 
@@ -265,6 +292,7 @@ impl Store for S3 {
         about: Option<&Metadata>,
         condition: &Condition,
     ) -> StoreResult<Etag> {
+        self.look_at_source("copy", from, version).await?;
         let honoured = self.abilities.conditional_copy;
         self.look("copy to", to, condition, honoured).await?;
         let (absent, is) = conditions(condition, honoured);
@@ -321,12 +349,17 @@ impl Store for S3 {
 
     async fn list(&self, request: &ListRequest) -> StoreResult<ListPage> {
         let prefix = &request.prefix;
+        let (token, after) = match request.token.as_deref().map(|token| token.split_at_checked(1)) {
+            Some(Some((BEHIND, folded))) => (None, Some(format!("{folded}{}", char::MAX))),
+            Some(Some((_, token))) => (Some(token.to_owned()), None),
+            _ => (None, request.after.clone()),
+        };
         let page = self.asked(|| async {
             let call = self.client.list_objects_v2().bucket(&self.bucket).prefix(prefix);
             let call = call.set_delimiter(request.delimiter.then(|| "/".to_owned()));
-            let call = call.encoding_type(EncodingType::Url).set_start_after(request.after.clone());
+            let call = call.encoding_type(EncodingType::Url).set_start_after(after.clone());
             let limit = request.limit.map(|limit| i32::try_from(limit).unwrap_or(1000));
-            let call = call.set_continuation_token(request.token.clone()).set_max_keys(limit);
+            let call = call.set_continuation_token(token.clone()).set_max_keys(limit);
             call.send().await.map_err(|error| failed("list", prefix, &error))
         });
         let page = page.await?;
@@ -342,8 +375,14 @@ impl Store for S3 {
             modified: time(object.last_modified),
         });
         let prefixes = page.common_prefixes.unwrap_or_default().into_iter().map(|folded| decoded(folded.prefix));
+        let (objects, prefixes): (Vec<Listed>, Vec<String>) = (objects.collect(), prefixes.collect());
         let token = page.next_continuation_token.filter(|_| page.is_truncated == Some(true));
-        Ok(ListPage { objects: objects.collect(), prefixes: prefixes.collect(), token })
+        let token = token.map(|token| match (objects.last(), prefixes.last()) {
+            // MinIO leaves out what follows a page that ends with a folded prefix, if the prefix is an object, too.
+            (last, Some(folded)) if last.is_none_or(|last| last.key < *folded) => format!("{BEHIND}{folded}"),
+            _ => format!("={token}"),
+        });
+        Ok(ListPage { objects, prefixes, token })
     }
 
     async fn begin_upload(&self, key: &str, about: &Metadata) -> StoreResult<UploadId> {
@@ -384,11 +423,16 @@ impl Store for S3 {
         version: Option<&Etag>,
         range: Range<u64>,
     ) -> StoreResult<Part> {
+        self.look_at_source("copy a part of", from, version).await?;
         let copied = self.asked(|| async {
             let call = self.client.upload_part_copy().bucket(&self.bucket).key(key).upload_id(&upload.0);
             let call = call.part_number(number.cast_signed()).copy_source(self.source(from));
             let call = call.copy_source_range(format!("bytes={}-{}", range.start, range.end.saturating_sub(1)));
             let call = call.set_copy_source_if_match(version.map(|etag| etag.0.clone()));
+            // RGW 16.2 insists on the length of a body that there is none of.
+            let call = call.customize().mutate_request(|request: &mut HttpRequest| {
+                request.headers_mut().insert("content-length", "0");
+            });
             call.send().await.map_err(|error| failed("copy a part of", key, &error))
         });
         match copied.await?.copy_part_result {
@@ -407,25 +451,40 @@ impl Store for S3 {
         let honoured = self.abilities.conditional_finish;
         self.look("finish", key, condition, honoured).await?;
         let (absent, is) = conditions(condition, honoured);
-        let parts = parts.iter().map(|part| {
+        let pieces = parts.iter().map(|part| {
             let sum = part.checksum.clone().filter(|_| self.checked);
             let part = CompletedPart::builder().part_number(part.number.cast_signed()).e_tag(&part.etag.0);
             part.set_checksum_crc64_nvme(sum).build()
         });
-        let parts = CompletedMultipartUpload::builder().set_parts(Some(parts.collect())).build();
+        let list = CompletedMultipartUpload::builder().set_parts(Some(pieces.collect())).build();
         let done = self.asked(|| async {
             let call = self.client.complete_multipart_upload().bucket(&self.bucket).key(key).upload_id(&upload.0);
-            let call = call.multipart_upload(parts.clone()).set_if_none_match(absent.clone()).set_if_match(is.clone());
+            let call = call.multipart_upload(list.clone()).set_if_none_match(absent.clone()).set_if_match(is.clone());
             match call.send().await {
                 Ok(done) => Ok(done),
                 // The key of the condition, not the upload.
                 Err(error) if error.as_service_error().and_then(|error| error.code()) == Some("NoSuchKey") => {
                     Err(gone_is_conflict(failed("finish", key, &error), condition))
                 }
+                // RGW 16.2 says so of an upload that it does not know.
+                Err(error) if error.raw_response().is_some_and(|raw| raw.status().as_u16() == 500) => {
+                    let call = self.client.list_parts().bucket(&self.bucket).key(key).upload_id(&upload.0).max_parts(1);
+                    let gone = call.send().await.map_err(|error| failed("finish", key, &error));
+                    let gone = gone.err().filter(|gone| gone.kind == StoreErrorKind::NotFound);
+                    Err(gone.unwrap_or_else(|| failed("finish", key, &error)))
+                }
                 Err(error) => Err(failed("finish", key, &error)),
             }
         });
-        Ok(etag(done.await?.e_tag))
+        let told = done.await?.e_tag.filter(|etag| !etag.trim_matches('"').is_empty());
+        match told {
+            Some(told) => Ok(etag(Some(told))),
+            // RGW 16.2 tells none.
+            None => match etag_of(parts) {
+                Some(etag) => Ok(etag),
+                None => Ok(self.head(key).await?.etag),
+            },
+        }
     }
 
     async fn abort_upload(&self, key: &str, upload: &UploadId) -> StoreResult<()> {

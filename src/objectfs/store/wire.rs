@@ -13,8 +13,9 @@ use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use bytes::{Bytes, BytesMut};
 use hyper::body::{Body, Frame, SizeHint};
+use md5::{Digest, Md5};
 
-use super::{Etag, Metadata, Payload};
+use super::{Etag, Metadata, Part, Payload};
 
 /// A file is read in pieces of this size while it is sent.
 const PIECE: u64 = 128 << 10;
@@ -152,6 +153,22 @@ fn words(value: &str) -> Option<String> {
         }
     }
     if bytes.is_empty() { None } else { String::from_utf8(bytes).ok() }
+}
+
+/// The etag that an object made of these parts has, if theirs are MD5s.
+pub(super) fn etag_of(parts: &[Part]) -> Option<Etag> {
+    let mut sum = Md5::new();
+    for part in parts {
+        let text = part.etag.0.trim_matches('"');
+        if text.len() != 32 || !text.is_ascii() {
+            return None;
+        }
+        for at in (0..32).step_by(2) {
+            sum.update([u8::from_str_radix(&text[at..at + 2], 16).ok()?]);
+        }
+    }
+    let hex: String = sum.finalize().iter().map(|byte| format!("{byte:02x}")).collect();
+    Some(Etag(format!("\"{hex}-{}\"", parts.len())))
 }
 
 #[cfg(test)]
