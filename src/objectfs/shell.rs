@@ -60,6 +60,11 @@ impl ObjectFs {
         (self.names.contents.progress(), used, limit)
     }
 
+    /// All that was written goes to the bucket, and the mount goes on.
+    pub async fn commit_all(&self) {
+        self.names.commit_all().await;
+    }
+
     /// What a successor needs to know of the kernel's view.
     pub fn tables(&self) -> Tables {
         Tables { inodes: self.names.rows(), handles: self.handles.rows() }

@@ -50,9 +50,8 @@ impl Namespace {
         Ok(this)
     }
 
-    /// Everything is brought into safety.
-    pub(crate) async fn end(self: &Arc<Self>) {
-        self.ending.send_replace(true);
+    /// All that was written goes to the bucket, and the mount goes on.
+    pub(crate) async fn commit_all(self: &Arc<Self>) {
         let files: Vec<(Ino, Arc<File>)> = {
             let tree = self.tree();
             let ours = tree.iter().filter(|(_, node)| node.file.as_ref().is_some_and(|file| file.is_ours()));
@@ -63,6 +62,12 @@ impl Namespace {
             let _ = self.commit(ino, &file).await;
         })
         .await;
+    }
+
+    /// Everything is brought into safety.
+    pub(crate) async fn end(self: &Arc<Self>) {
+        self.ending.send_replace(true);
+        self.commit_all().await;
         let unlinked: Vec<Arc<File>> = {
             let tree = self.tree();
             tree.iter().filter(|(_, node)| node.place.is_none()).filter_map(|(_, node)| node.file.clone()).collect()
