@@ -83,7 +83,8 @@ impl Block {
             {
                 let filling = self.filling();
                 if filling.end >= range.end {
-                    let first = filling.pieces.partition_point(|(start, bytes)| start + bytes.len() as u64 <= range.start);
+                    let first =
+                        filling.pieces.partition_point(|(start, bytes)| start + bytes.len() as u64 <= range.start);
                     for (start, bytes) in &filling.pieces[first..] {
                         if *start >= range.end {
                             break;
@@ -117,6 +118,11 @@ impl Fill {
     /// Blocks that somebody still wants and that are not whole.
     pub(super) fn wanted(&self) -> Vec<Arc<Block>> {
         self.blocks.iter().filter_map(Weak::upgrade).filter(|block| !block.is_whole()).collect()
+    }
+
+    /// All of them.
+    pub(super) fn weak(&self) -> Vec<Weak<Block>> {
+        self.blocks.clone()
     }
 
     /// Why they will not become whole.

@@ -67,8 +67,13 @@ struct Queue {
 }
 
 impl Cache {
-    /// Sizes in bytes; `block` is a multiple of `piece`.
-    pub(super) fn new(folder: &Path, limit: u64, (url, bucket): (&str, &str), block: u64, piece: u64) -> Self {
+    /// Sizes in bytes; `block` is a multiple of `piece`. `most_waiting`: that much may wait to be written.
+    pub(super) fn new(
+        (folder, limit): (&Path, u64),
+        (url, bucket): (&str, &str),
+        (block, piece): (u64, u64),
+        most_waiting: u64,
+    ) -> Self {
         let mut seed = Sha256::new();
         for text in [url, bucket] {
             seed.update((text.len() as u64).to_le_bytes());
@@ -76,7 +81,7 @@ impl Cache {
         }
         let folder = folder.to_owned();
         let (queue, temporary) = (Mutex::default(), AtomicU64::new(0));
-        Self { folder, limit, seed, block, piece, most_waiting: 4 * block, queue, temporary }
+        Self { folder, limit, seed, block, piece, most_waiting, queue, temporary }
     }
 
     fn name(&self, version: &Version, unit: u64, number: u64) -> [u8; 32] {
@@ -182,7 +187,7 @@ impl Cache {
             let length = range.end - range.start;
             let stored = block.whole().map_or(Ok(()), |pieces| self.store(&version, &range, &pieces));
             drop(block);
-            let evict = {
+            let due = {
                 let mut queue = self.queue();
                 queue.bytes -= length;
                 if let Err(error) = &stored {
@@ -190,11 +195,11 @@ impl Cache {
                     queue.paused = Some(Instant::now());
                 }
                 let written = queue.written.map_or(self.limit, |written| written + length);
-                let evict = written >= self.limit / 20;
-                queue.written = Some(if evict { 0 } else { written });
-                evict
+                let due = written >= self.limit / 20;
+                queue.written = Some(if due { 0 } else { written });
+                due
             };
-            if evict && let Err(error) = evict_from(&self.folder, self.limit) {
+            if due && let Err(error) = evict(&self.folder, self.limit) {
                 tracing::debug!(folder = %self.folder.display(), %error, "cannot evict from the cache");
             }
         }
@@ -301,7 +306,7 @@ fn cut(pieces: &[Bytes], range: Range<u64>) -> Vec<Bytes> {
 ///
 /// # Errors
 /// The folder can't be listed.
-pub fn evict_from(folder: &Path, limit: u64) -> io::Result<()> {
+pub fn evict(folder: &Path, limit: u64) -> io::Result<()> {
     let lock = File::open(folder)?;
     if lock.try_lock().is_err() {
         return Ok(());
@@ -334,4 +339,107 @@ pub fn evict_from(folder: &Path, limit: u64) -> io::Result<()> {
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use tempfile::TempDir;
+
+    use super::*;
+    use crate::objectfs::store::Etag;
+
+    const BLOCK: u64 = 1024;
+
+    fn cache(folder: &TempDir) -> Cache {
+        Cache::new((&folder.path().join("cache"), 20_000), ("http://a", "bucket"), (BLOCK, 128), 1 << 20)
+    }
+
+    fn version(etag: &str) -> Version {
+        Version { key: "a/b".to_owned(), etag: Etag(etag.to_owned()), size: 3000 }
+    }
+
+    fn body(length: usize) -> Vec<Bytes> {
+        let bytes: Vec<u8> = (0..length).map(|index| (index * 7 % 251) as u8).collect();
+        bytes.chunks(100).map(Bytes::copy_from_slice).collect()
+    }
+
+    fn files(folder: &Path) -> Vec<PathBuf> {
+        let shelves = std::fs::read_dir(folder).unwrap().map(|shelf| shelf.unwrap().path());
+        shelves.flat_map(|shelf| std::fs::read_dir(shelf).unwrap().map(|file| file.unwrap().path())).collect()
+    }
+
+    #[test]
+    fn what_was_stored_is_found_by_another_process_and_only_as_that_version() {
+        let folder = TempDir::new().unwrap();
+        let pieces = body(BLOCK as usize);
+        cache(&folder).store(&version("1"), &(1024..2048), &pieces).unwrap();
+        let all = pieces.concat();
+        let again = cache(&folder);
+        assert_eq!(again.read(&version("1"), &(1024..2048)).unwrap().concat(), all);
+        assert_eq!(again.read(&version("1"), &(1100..1401)).unwrap().concat(), all[76..377]);
+        assert!(again.read(&version("2"), &(1024..2048)).is_none());
+        assert!(again.read(&version("1"), &(0..1024)).is_none());
+        let other = Version { key: "a/c".to_owned(), ..version("1") };
+        assert!(again.read(&other, &(1024..2048)).is_none());
+        let folder_of =
+            |bucket| Cache::new((&folder.path().join("cache"), 20_000), ("http://a", bucket), (BLOCK, 128), 1 << 20);
+        assert!(folder_of("bucket").read(&version("1"), &(1024..2048)).is_some());
+        assert!(folder_of("elsewhere").read(&version("1"), &(1024..2048)).is_none());
+    }
+
+    #[test]
+    fn pieces_are_found_side_by_side() {
+        let folder = TempDir::new().unwrap();
+        let cache = cache(&folder);
+        let all = body(952).concat();
+        // The last block is short, and its last piece too.
+        cache.store(&version("1"), &(2176..3000), &[Bytes::copy_from_slice(&all[..824])]).unwrap();
+        assert_eq!(cache.read(&version("1"), &(2200..3000)).unwrap().concat(), all[24..824]);
+        assert!(cache.read(&version("1"), &(2048..3000)).is_none());
+    }
+
+    #[test]
+    fn a_torn_file_is_a_miss_wherever_it_is_torn() {
+        let folder = TempDir::new().unwrap();
+        let cache = cache(&folder);
+        cache.store(&version("1"), &(0..1024), &body(1024)).unwrap();
+        let path = files(&folder.path().join("cache")).remove(0);
+        let good = std::fs::read(&path).unwrap();
+        for at in 0..good.len() {
+            let mut torn = good.clone();
+            torn[at] ^= 1;
+            std::fs::write(&path, &torn).unwrap();
+            assert!(cache.read(&version("1"), &(0..1024)).is_none(), "byte {at}");
+        }
+        for length in [0, 10, good.len() - 1] {
+            std::fs::write(&path, &good[..length]).unwrap();
+            assert!(cache.read(&version("1"), &(0..1024)).is_none());
+        }
+        std::fs::remove_file(&path).unwrap();
+        std::os::unix::fs::symlink("/dev/zero", &path).unwrap();
+        assert!(cache.read(&version("1"), &(0..1024)).is_none());
+        cache.store(&version("1"), &(0..1024), &body(1024)).unwrap();
+        assert!(cache.read(&version("1"), &(0..1024)).is_some());
+    }
+
+    #[test]
+    fn eviction_keeps_the_bound_and_what_was_used_last() {
+        let folder = TempDir::new().unwrap();
+        let cache = cache(&folder);
+        let long_ago = SystemTime::now() - Duration::from_secs(5000);
+        for number in 0..40 {
+            cache.store(&version(&number.to_string()), &(0..1024), &body(1024)).unwrap();
+        }
+        for path in files(&cache.folder) {
+            File::open(&path).unwrap().set_modified(long_ago).unwrap();
+        }
+        // Being read is being used.
+        assert!(cache.read(&version("7"), &(0..1024)).is_some());
+        evict(&cache.folder, 20_000).unwrap();
+        let total: u64 = files(&cache.folder).iter().map(|path| path.metadata().unwrap().len()).sum();
+        assert!(total <= 18_000 && total > 10_000, "{total}");
+        assert!(cache.read(&version("7"), &(0..1024)).is_some());
+        let mode = cache.folder.metadata().unwrap().permissions().mode();
+        assert_eq!(mode & 0o7777, 0o1733);
+    }
 }

@@ -9,6 +9,9 @@
 //! | `cache` | blocks on the node's disk |
 //! | `budget` | memory |
 
+mod block;
+mod budget;
+mod cache;
 mod commit;
 mod file;
 mod journal;
@@ -21,6 +24,8 @@ mod tally;
 mod tuning;
 
 #[cfg(test)]
+mod reading;
+#[cfg(test)]
 mod tests;
 
 use std::path::PathBuf;
@@ -28,6 +33,9 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
+
+pub use self::cache::evict;
+pub use self::source::Window;
 
 use self::file::{Inner, State};
 use self::source::Source;
@@ -75,11 +83,9 @@ pub struct Contents {
     tally: tally::Tally,
     /// One permit for each upload.
     uploads: tokio::sync::Semaphore,
+    budget: budget::Budget,
+    cache: Option<Arc<cache::Cache>>,
 }
-
-/// How a handle reads: its window. One for each open handle.
-#[derive(Debug, Default)]
-pub struct Window {}
 
 /// A file that an earlier worker has staged and not committed.
 pub struct Recovered {
@@ -150,7 +156,23 @@ impl Contents {
         let path = settings.staging.join(&settings.id);
         let folder = tokio::task::spawn_blocking(|| staging::Folder::open(path)).await??;
         let uploads = tokio::sync::Semaphore::new(tuning.uploads);
-        Ok(Arc::new(Self { store, tuning, folder, tally: tally::Tally::default(), uploads }))
+        let place = (settings.endpoint.url.as_deref().unwrap_or_default(), settings.bucket.as_str());
+        let cache = settings.cache.as_ref().filter(|_| settings.cache_size > 0);
+        let waiting = (4 * tuning.block).min(settings.memory / 8);
+        let sizes = (tuning.block, tuning.piece);
+        let cache = cache.map(|folder| cache::Cache::new((folder, settings.cache_size), place, sizes, waiting));
+        let (cache, budget) = (cache.map(Arc::new), budget::Budget::new(settings.memory));
+        let idle = tuning.idle;
+        let contents = Arc::new(Self { store, tuning, folder, tally: tally::Tally::default(), uploads, budget, cache });
+        let weak = Arc::downgrade(&contents);
+        tokio::spawn(async move {
+            loop {
+                tokio::time::sleep(idle).await;
+                let Some(contents) = weak.upgrade() else { return };
+                contents.budget.release_unused(idle);
+            }
+        });
+        Ok(contents)
     }
 
     /// What an earlier worker left staged, oldest first. Called once, before anything else.

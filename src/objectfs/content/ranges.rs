@@ -8,10 +8,6 @@ use std::ops::Range;
 pub(super) struct RangeSet(BTreeMap<u64, u64>, u64);
 
 impl RangeSet {
-    pub(super) fn is_empty(&self) -> bool {
-        self.0.is_empty()
-    }
-
     pub(super) fn insert(&mut self, range: Range<u64>) {
         if range.is_empty() {
             return;
