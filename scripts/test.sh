@@ -28,11 +28,14 @@ part() { # part NAME COMMAND...
 # Two Ceph clusters, for the tests that want one and those that want another one too. What they say, should they not
 # start, is shown.
 start_labs() {
-  local why a b
+  local why a b rgw
   [ "$(id -u)" = 0 ] || { echo "SKIPPED CephFS: needs root, for mounts"; return; }
   why=$("$lab" check 2>&1) || { echo "SKIPPED CephFS: $why"; return; }
   labs=("$(mktemp -d)" "$(mktemp -d)")
-  "$lab" up "${labs[0]}" 40100 & a=$!
+  # The first has S3, too.
+  rgw=1
+  command -v radosgw >/dev/null && command -v radosgw-admin >/dev/null || { rgw=; echo "SKIPPED RGW: no radosgw"; }
+  RGW=$rgw "$lab" up "${labs[0]}" 40100 & a=$!
   "$lab" up "${labs[1]}" 40200 & b=$!
   starting=($a $b)
   wait $a; a=$?

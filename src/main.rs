@@ -6,10 +6,13 @@ use std::sync::Arc;
 use berth::backend::Backend;
 use berth::backend::cephfs::Cephfs;
 use berth::backend::nvme::Nvme;
+use berth::backend::s3::ObjectStorage;
 use berth::cli::{self, Arguments, Command, ConfigCommand};
 use berth::config::{BackendKind, Config, Driver};
 use berth::host::processes;
 use berth::locks::Locks;
+use berth::objectfs::store::blocking::Buckets;
+use berth::objectfs::store::places::Services;
 use berth::rpc::Front;
 use berth::telemetry::{self, Metrics};
 use clap::Parser;
@@ -45,7 +48,7 @@ fn run(arguments: Arguments) -> anyhow::Result<()> {
             println!("{} is right", file.display());
             Ok(())
         }
-        Command::Doctor(arguments) => cli::doctor::run(arguments),
+        Command::Doctor(arguments) => cli::doctor::run(arguments, runtime.handle()),
         Command::Volume(arguments) => runtime.block_on(cli::volume::run(arguments)),
         Command::Mount(arguments) => runtime.block_on(cli::mount::run(arguments)),
         Command::Mounter(arguments) => runtime.block_on(cli::mounter::run(arguments)),
@@ -79,5 +82,9 @@ fn backend(kind: BackendKind, config: &Config, metrics: &Arc<Metrics>) -> Backen
             nvme.backend()
         }
         BackendKind::Cephfs => Cephfs::new(config, metrics.clone()).backend(),
+        BackendKind::S3 => {
+            let (runtime, services) = (tokio::runtime::Handle::current(), Arc::new(Services::default()));
+            ObjectStorage::new(config, Buckets::new(runtime, services, config.deadlines.s3)).backend()
+        }
     }
 }

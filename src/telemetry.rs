@@ -17,8 +17,11 @@ use crate::error::{Error, ErrorKind, Result};
 /// Starts logging to standard error. Call it once.
 pub fn start_logging(log: &Log) -> Result<()> {
     // The libraries' own logs are about frames and connections; who wants them names them.
-    let filter = EnvFilter::try_new(format!("h2=warn,hyper=warn,hyper_util=warn,tonic=warn,tower=warn,{}", log.level))
-        .map_err(|error| Error::caused(ErrorKind::Invalid, format!("cannot use log level {:?}", log.level), error))?;
+    let filter = EnvFilter::try_new(format!(
+        "aws=warn,h2=warn,hyper=warn,hyper_util=warn,rustls=warn,tonic=warn,tower=warn,{}",
+        log.level
+    ))
+    .map_err(|error| Error::caused(ErrorKind::Invalid, format!("cannot use log level {:?}", log.level), error))?;
     let subscriber = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
     if log.json {
         subscriber.json().flatten_event(true).init();

@@ -8,6 +8,7 @@
 pub mod cephfs;
 mod finding;
 pub mod nvme;
+pub mod s3;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -252,6 +253,10 @@ pub trait Node: Send + Sync {
     /// How many volumes fit on this node; 0: no limit.
     fn volume_limit(&self) -> i64 {
         0
+    }
+    /// Makes files belong to the group that a pod wants for its volumes (VOLUME_MOUNT_GROUP).
+    fn takes_mount_group(&self) -> bool {
+        false
     }
     /// Knows how full a volume is.
     fn stats(&self) -> Option<&dyn Stats> {

@@ -1,16 +1,20 @@
 //! `berth doctor`: a look at what a configuration names, before a volume needs it.
 
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use anyhow::{Context, Result, bail};
 use clap::Args;
 use serde::Serialize;
 use serde_json::json;
+use tokio::runtime::Handle;
 
 use super::table::columns;
 use crate::backend::cephfs::doctor::Users;
-use crate::backend::{Finding, Verdict, cephfs, nvme};
+use crate::backend::{Finding, Verdict, cephfs, nvme, s3};
 use crate::config::{Account, BackendKind, Cluster, Config, Driver};
+use crate::objectfs::store::blocking::Buckets;
+use crate::objectfs::store::places::Services;
 
 /// What to look at.
 #[derive(Debug, Args)]
@@ -54,9 +58,9 @@ struct FindingView {
 ///
 /// # Errors
 /// When anything is wrong, after all of it has been printed.
-pub fn run(arguments: DoctorArguments) -> Result<()> {
+pub fn run(arguments: DoctorArguments, runtime: &Handle) -> Result<()> {
     let json = arguments.json;
-    let findings = examine(arguments)?;
+    let findings = examine(arguments, runtime)?;
     let wrong = findings.iter().filter(|finding| finding.verdict == Verdict::Wrong).count();
     let views: Vec<_> = findings.into_iter().map(FindingView::from).collect();
     let text = if json { serde_json::to_string_pretty(&json!({ "findings": views }))? } else { table(views) };
@@ -68,7 +72,7 @@ pub fn run(arguments: DoctorArguments) -> Result<()> {
     }
 }
 
-fn examine(arguments: DoctorArguments) -> Result<Vec<Finding>> {
+fn examine(arguments: DoctorArguments, runtime: &Handle) -> Result<Vec<Finding>> {
     let config = Config::load(&arguments.config)?;
     let (drivers, clusters) = chosen(&config, arguments.driver.as_deref(), arguments.cluster.as_deref())
         .with_context(|| format!("cannot choose from {}", arguments.config.display()))?;
@@ -90,6 +94,13 @@ fn examine(arguments: DoctorArguments) -> Result<Vec<Finding>> {
     }
     if drivers.iter().any(|driver| driver.backend == BackendKind::Cephfs && driver.role.has_node()) {
         findings.push(cephfs::doctor::examine_machine(config.deadlines.command));
+    }
+    if is_served(BackendKind::S3) && arguments.cluster.is_none() {
+        let buckets = Buckets::new(runtime.clone(), Arc::new(Services::default()), config.deadlines.s3);
+        findings.extend(config.services.iter().flat_map(|service| s3::doctor::examine(service, &buckets)));
+        if drivers.iter().any(|driver| driver.backend == BackendKind::S3 && driver.role.has_node()) {
+            findings.push(s3::doctor::examine_mounter(&config.mounter));
+        }
     }
     Ok(findings)
 }

@@ -6,6 +6,7 @@
 pub mod aws;
 mod document;
 mod parse;
+pub(crate) mod services;
 
 use std::cell::RefCell;
 use std::fmt;
@@ -16,6 +17,7 @@ use std::time::Duration;
 use serde_json::Value;
 
 use crate::error::{Context, Error, ErrorKind, Result};
+use crate::objectfs::settings::Checksums;
 use crate::volume::NodeName;
 use document::Reader;
 
@@ -36,6 +38,10 @@ pub struct Config {
     pub clusters: Vec<Cluster>,
     /// File systems in user space.
     pub fuse: Fuse,
+    /// Where object storage is.
+    pub services: Vec<Service>,
+    /// The process that keeps mounts of object storage.
+    pub mounter: Mounter,
     /// What is served, and where.
     pub drivers: Vec<Driver>,
 }
@@ -60,6 +66,8 @@ pub struct Deadlines {
     pub command: Duration,
     /// A command to Ceph has to be answered within this time. Below `call`.
     pub ceph: Duration,
+    /// A call to an S3 service is tried again for this long. Below `call`.
+    pub s3: Duration,
     /// A call waits so long for another one on the same volume before it is Aborted.
     pub lock: Duration,
 }
@@ -71,6 +79,7 @@ impl Default for Deadlines {
             question: Duration::from_secs(10),
             command: Duration::from_secs(90),
             ceph: Duration::from_secs(30),
+            s3: Duration::from_secs(30),
             lock: Duration::from_secs(2),
         }
     }
@@ -132,6 +141,76 @@ pub struct Fuse {
     pub cgroup: Option<PathBuf>,
 }
 
+/// An S3 service.
+#[derive(Clone, Debug)]
+pub struct Service {
+    /// What classes and volume ids call it: at most 16 bytes.
+    pub name: String,
+    /// What it is, which decides what the keys below are when they are absent.
+    pub kind: ServiceKind,
+    /// `https://s3.example.com`. Absent: the kind's own.
+    pub url: Option<String>,
+    /// Absent: `us-east-1`, which most services other than AWS take.
+    pub region: Option<String>,
+    /// `https://host/bucket/key`. Absent: as the kind is.
+    pub path_style: Option<bool>,
+    /// A file with PEM certificates to trust beside the system's.
+    pub ca: Option<PathBuf>,
+    /// When checksums are sent and asked for. Absent: as the kind is.
+    pub checksums: Option<Checksums>,
+    /// Buckets that have volumes below prefixes: what lists look at.
+    pub buckets: Vec<String>,
+    /// For calls that bring no secret, such as lists.
+    pub keys: Option<KeyFiles>,
+    /// Calls that bring no secret are made with what the environment has: a profile, web identity, the instance.
+    pub chain: bool,
+}
+
+/// What an S3 service is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ServiceKind {
+    /// Path style, checksums only where they are needed.
+    Generic,
+    /// Amazon S3.
+    Aws,
+    /// MinIO.
+    Minio,
+    /// Ceph's RADOS gateway.
+    CephRgw,
+    /// Google Cloud Storage's XML interface with HMAC keys.
+    Gcs,
+}
+
+/// Files that hold one key each and nothing else. They are read anew for each call.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct KeyFiles {
+    /// Access key id.
+    pub access_key: PathBuf,
+    /// Secret access key.
+    pub secret_key: PathBuf,
+    /// Of temporary credentials.
+    pub session_token: Option<PathBuf>,
+}
+
+/// The process that keeps mounts of object storage while the driver comes and goes.
+#[derive(Clone, Debug)]
+pub struct Mounter {
+    /// Its Unix socket.
+    pub socket: PathBuf,
+    /// The driver starts one when there is none, detached.
+    pub starts: bool,
+    /// Where written data lies until it is in the bucket.
+    pub staging: PathBuf,
+    /// Where what was read is kept. `None`: nowhere.
+    pub cache: Option<PathBuf>,
+    /// The cache holds at most so many bytes.
+    pub cache_size: u64,
+    /// Memory of one mount for data in flight, in bytes, where its class says nothing else.
+    pub memory: u64,
+    /// The first and the last of the user ids that workers run as, each volume under one of its own.
+    pub users: (u32, u32),
+}
+
 /// One driver on one socket.
 #[derive(Clone, Debug)]
 pub struct Driver {
@@ -154,6 +233,8 @@ pub enum BackendKind {
     Nvme,
     /// Cluster storage.
     Cephfs,
+    /// Object storage.
+    S3,
 }
 
 impl BackendKind {
@@ -162,6 +243,7 @@ impl BackendKind {
         match self {
             Self::Nvme => "nvme",
             Self::Cephfs => "cephfs",
+            Self::S3 => "s3",
         }
     }
 }

@@ -45,6 +45,7 @@ impl<'a> Reader<'a> {
             question: duration("question", usual.question),
             command: duration("command", usual.command),
             ceph: duration("ceph", usual.ceph),
+            s3: duration("s3", usual.s3),
             lock: duration("lock", usual.lock),
         };
         deadlines.end();
@@ -54,9 +55,17 @@ impl<'a> Reader<'a> {
         let fuse = root.section("fuse");
         let cgroup = fuse.read("cgroup", absolute);
         fuse.end();
+        let services = root.list("services").into_iter().map(|service| self.service(service)).collect::<Vec<_>>();
+        let mounter = self.mounter(root.section("mounter"));
         let drivers = root.list("drivers").into_iter().map(|driver| self.driver(driver)).collect::<Vec<_>>();
         root.end();
         self.check_together(&pools, &clusters, &drivers);
+        for (index, service) in services.iter().enumerate() {
+            let Some(service) = service else { continue };
+            if services[..index].iter().flatten().any(|earlier| earlier.name == service.name) {
+                self.mistake::<()>(&format!("services[{index}].name"), format!("{} is used twice", service.name));
+            }
+        }
 
         Some(Config {
             node: name?,
@@ -66,6 +75,8 @@ impl<'a> Reader<'a> {
             pools: pools.into_iter().collect::<Option<_>>()?,
             clusters: clusters.into_iter().collect::<Option<_>>()?,
             fuse: Fuse { cgroup: cgroup.flatten() },
+            services: services.into_iter().collect::<Option<_>>()?,
+            mounter: mounter?,
             drivers: drivers.into_iter().collect::<Option<_>>()?,
         })
     }
@@ -129,7 +140,8 @@ impl<'a> Reader<'a> {
         let backend = section.required("backend", |text| match text {
             "nvme" => Ok(BackendKind::Nvme),
             "cephfs" => Ok(BackendKind::Cephfs),
-            _ => Err("this build has: cephfs, nvme".to_owned()),
+            "s3" => Ok(BackendKind::S3),
+            _ => Err("this build has: cephfs, nvme, s3".to_owned()),
         });
         let usual = backend.map(|backend| format!("{}.csi.berth.dev", backend.name()));
         let name = section.read("name", driver_name).unwrap_or(usual);
@@ -216,7 +228,7 @@ impl<'a> Reader<'a> {
     }
 }
 
-fn plain_name(text: &str, longest: usize) -> Result<String, String> {
+pub(super) fn plain_name(text: &str, longest: usize) -> Result<String, String> {
     let fits = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-';
     if text.is_empty() || text.len() > longest || !text.chars().all(fits) {
         return Err(format!("write up to {longest} lower-case letters, digits and `-`"));
@@ -242,12 +254,12 @@ fn monitor(text: &str) -> Result<String, String> {
     }
 }
 
-fn absolute(text: &str) -> Result<PathBuf, String> {
+pub(super) fn absolute(text: &str) -> Result<PathBuf, String> {
     MountPath::new("the path", text).map(|path| path.as_path().to_owned()).map_err(|error| error.to_string())
 }
 
 /// unix(7): `sun_path` has 108 bytes with the terminating NUL.
-fn socket_path(text: &str) -> Result<PathBuf, String> {
+pub(super) fn socket_path(text: &str) -> Result<PathBuf, String> {
     if text.len() > 107 {
         return Err(format!("a socket's path has at most 107 bytes, and this has {}", text.len()));
     }
@@ -264,7 +276,7 @@ fn log_level(text: &str) -> Result<String, String> {
     Ok(text.to_owned())
 }
 
-fn boolean(text: &str) -> Result<bool, String> {
+pub(super) fn boolean(text: &str) -> Result<bool, String> {
     text.parse().map_err(|_| "write true or false".to_owned())
 }
 

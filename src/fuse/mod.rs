@@ -23,6 +23,8 @@ mod reader;
 mod reply;
 mod request;
 mod session;
+#[cfg(test)]
+mod tests;
 
 pub use filesystem::FileSystem;
 pub use init::{Agreed, Options};

@@ -279,7 +279,7 @@ fn places(table: &str, fits: impl Fn(&Line<'_>) -> bool) -> Result<Vec<PathBuf>>
 }
 
 /// proc_pid_mounts(5): a space, tab, line end or backslash stands there as three octal digits.
-pub(super) fn unescaped(path: &OsStr) -> PathBuf {
+pub fn unescaped(path: &OsStr) -> PathBuf {
     let mut bytes = Vec::new();
     let mut rest = path.as_bytes();
     while let Some((first, tail)) = rest.split_first() {

@@ -129,8 +129,13 @@ pub const HIDDEN: &str = ".berth/";
 impl Settings {
     /// The prefix of hidden objects of this tree: indexes, journals, the unlinked. The same for each mount of the tree.
     pub fn hidden(&self) -> String {
+        Self::hidden_of(&self.prefix)
+    }
+
+    /// The same for a tree that is not mounted.
+    pub fn hidden_of(prefix: &str) -> String {
         use sha2::Digest;
-        let hash = sha2::Sha256::digest(self.prefix.as_bytes());
+        let hash = sha2::Sha256::digest(prefix.as_bytes());
         let short: String = hash.iter().take(8).map(|byte| format!("{byte:02x}")).collect();
         format!("{HIDDEN}trees/{short}/")
     }

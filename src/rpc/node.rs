@@ -290,6 +290,7 @@ fn capabilities(backend: &dyn crate::backend::Node) -> Vec<csi::NodeServiceCapab
         // Every back end stages; the second one is enforced above.
         (Type::StageUnstageVolume, true),
         (Type::SingleNodeMultiWriter, true),
+        (Type::VolumeMountGroup, backend.takes_mount_group()),
         (Type::GetVolumeStats, backend.stats().is_some()),
         (Type::ExpandVolume, backend.growth().is_some()),
         (Type::GetVolumeHealth, health),

@@ -8,6 +8,7 @@ pub mod faulty;
 pub mod files;
 pub mod mount;
 pub mod raw;
+pub mod toxiproxy;
 pub mod tracer;
 
 use std::collections::HashMap;
@@ -59,6 +60,8 @@ pub struct Config {
     pub pool: String,
     /// `clusters:` and what lies below it; the driver is cephfs then.
     pub clusters: Option<String>,
+    /// `services:` and what lies below it; the driver is s3 then.
+    pub services: Option<String>,
     pub extra: String,
     pub kubelet: bool,
 }
@@ -85,6 +88,7 @@ impl Lab {
         let config = Config {
             pool: format!("{{name: main, path: {path}/pool}}"),
             clusters: None,
+            services: None,
             extra: String::new(),
             kubelet: false,
         };
@@ -127,12 +131,13 @@ impl Lab {
     }
 
     pub fn write_config(&self) -> PathBuf {
-        let Config { pool, clusters, extra, kubelet } = &self.config;
+        let Config { pool, clusters, services, extra, kubelet } = &self.config;
         let dir = self.dir.path().display();
         let kubelet = if *kubelet { format!(", kubelet: {{registry: {dir}/registry}}") } else { String::new() };
-        let (backend, storage) = match clusters {
-            Some(clusters) => ("cephfs", clusters.clone()),
-            None => ("nvme", format!("pools:\n  - {pool}")),
+        let (backend, storage) = match (clusters, services) {
+            (Some(clusters), _) => ("cephfs", clusters.clone()),
+            (None, Some(services)) => ("s3", services.clone()),
+            (None, None) => ("nvme", format!("pools:\n  - {pool}")),
         };
         let text = format!(
             "node: {{name: node-a}}\nlog: {{level: trace}}\n{extra}\n{storage}\ndrivers:\n  - {{backend: {backend}, socket: {dir}/run/csi.sock{kubelet}}}\n"

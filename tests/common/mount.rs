@@ -27,7 +27,7 @@ pub enum Service {
 
 impl Service {
     /// `None`, and why is said: this machine has none.
-    fn endpoint(self) -> Option<Endpoint> {
+    pub fn endpoint(self) -> Option<Endpoint> {
         match self {
             Self::Plain => None,
             Self::Minio => minio(),

@@ -21,6 +21,8 @@ type driver struct {
 	access []string
 	// secrets says that setup has written secretsFile, which calls are then made with.
 	secrets bool
+	// parameters are those of the class.
+	parameters map[string]string
 	// mutableParameters are given to volumes that are made with, or modified to, a VolumeAttributesClass.
 	mutableParameters map[string]string
 }
@@ -54,6 +56,32 @@ var drivers = map[string]driver{
 			"plugin CONTROLLER_SERVICE",
 			"plugin VOLUME_ACCESSIBILITY_CONSTRAINTS",
 			"plugin SNAPSHOT_ACCESSIBILITY_CONSTRAINTS",
+			"plugin expansion ONLINE",
+		},
+	},
+	"s3": {
+		setup:             describeService,
+		leftovers:         serviceLeftovers,
+		access:            []string{"mount"},
+		secrets:           true,
+		parameters:        s3Parameters(),
+		mutableParameters: map[string]string{"limit": "none", "maxAge": "2s"},
+		capabilities: []string{
+			"controller CREATE_DELETE_VOLUME",
+			"controller LIST_VOLUMES",
+			"controller GET_VOLUME",
+			"controller EXPAND_VOLUME",
+			"controller MODIFY_VOLUME",
+			"controller SINGLE_NODE_MULTI_WRITER",
+			"controller GET_VOLUME_HEALTH",
+			"controller LIST_VOLUME_HEALTH",
+			"node STAGE_UNSTAGE_VOLUME",
+			"node GET_VOLUME_STATS",
+			"node SINGLE_NODE_MULTI_WRITER",
+			"node VOLUME_MOUNT_GROUP",
+			"node GET_VOLUME_HEALTH",
+			"node GET_STORAGE_HEALTH",
+			"plugin CONTROLLER_SERVICE",
 			"plugin expansion ONLINE",
 		},
 	},

@@ -1,7 +1,7 @@
 // Package sanity holds berth against what others define: its .proto files against the published ones, and the running
 // binary against csi-sanity.
 //
-//	BERTH_BIN=/path/of/berth [BERTH_DRIVER=nvme|cephfs] go test -v ./...
+//	BERTH_BIN=/path/of/berth [BERTH_DRIVER=nvme|cephfs|s3] go test -v ./...
 //
 // runs everything, as root, and cephfs with a cluster's DIR/env (scripts/lab.sh) in the environment; `go test -run Proto ./...` needs neither root nor a binary.
 package sanity
@@ -72,6 +72,7 @@ func (i *instance) sanityConfig(access string) sanity.TestConfig {
 	if i.driver.secrets {
 		config.SecretsFile = i.path(secretsFile)
 	}
+	config.TestVolumeParameters = i.driver.parameters
 	config.TestVolumeMutableParameters = i.driver.mutableParameters
 	return config
 }

@@ -362,19 +362,3 @@ async fn many_deletes(store: &dyn Store) {
     assert_eq!(page.objects.iter().map(|object| &object.key).collect::<Vec<_>>(), ["many/0"]);
     store.delete_many(&[]).await.unwrap();
 }
-
-#[cfg(test)]
-mod on_the_double {
-    use super::super::double::Double;
-    use super::super::patient::Patient;
-
-    #[tokio::test]
-    async fn the_contract_holds() {
-        super::holds(&*Double::new()).await;
-    }
-
-    #[tokio::test]
-    async fn the_contract_holds_with_patience() {
-        super::holds(&*Patient::new(Double::new(), std::time::Duration::from_secs(1))).await;
-    }
-}

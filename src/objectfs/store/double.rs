@@ -532,7 +532,19 @@ impl Store for Double {
 
 #[cfg(test)]
 mod tests {
+    use super::super::contract;
+    use super::super::patient::Patient;
     use super::*;
+
+    #[tokio::test]
+    async fn the_contract_holds() {
+        contract::holds(&*Double::new()).await;
+    }
+
+    #[tokio::test]
+    async fn the_contract_holds_with_patience() {
+        contract::holds(&*Patient::new(Double::new(), Duration::from_secs(1))).await;
+    }
 
     #[tokio::test]
     async fn a_lost_answer_is_of_a_call_that_was_carried_out() {

@@ -4,6 +4,10 @@
 //! whatever may go away by itself (throttling, 5xx, a reset connection) has been retried below this trait, with
 //! back-off, for as long as [`Endpoint::patience`](super::settings::Endpoint) says.
 
+pub mod blocking;
+#[cfg(test)]
+#[allow(dead_code, reason = "each layer's tests use a part of it")]
+pub(crate) mod cloud;
 #[cfg(test)]
 #[allow(dead_code, reason = "each layer's tests use a part of it")]
 pub(crate) mod double;
@@ -12,9 +16,11 @@ mod bucket;
 mod connect;
 #[cfg(test)]
 mod contract;
+pub mod embedded;
 mod failure;
 mod many;
 pub mod patient;
+pub mod places;
 pub mod probe;
 mod sdk;
 pub mod services;
@@ -32,6 +38,8 @@ use bytes::Bytes;
 use futures_util::stream::BoxStream;
 
 pub use sdk::{S3, connect};
+
+use super::settings::{Credentials, Endpoint};
 
 /// An entity tag with its quotes, as the service writes it. Two versions of one key never share one.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
@@ -277,4 +285,30 @@ pub trait Store: Send + Sync + 'static {
 
     /// Uploads that were begun below a prefix, with their keys and times.
     async fn list_uploads(&self, prefix: &str) -> StoreResult<Vec<(String, UploadId, SystemTime)>>;
+}
+
+/// A bucket that is ready to be used.
+pub struct Opened {
+    /// The connection: for buckets as a whole, and for new credentials.
+    pub s3: Arc<S3>,
+    /// The calls, tried again for as long as the endpoint's patience, with the conditions that it honours.
+    pub store: Arc<dyn Store>,
+}
+
+/// Reaches a bucket and finds out what its endpoint honours, unless nothing is to be written.
+///
+/// # Errors
+/// The service stays away for as long as its patience; there is no such bucket.
+pub async fn open(
+    endpoint: &Endpoint,
+    credentials: Option<&Credentials>,
+    bucket: &str,
+    read_only: bool,
+) -> StoreResult<Opened> {
+    let s3 = connect(endpoint, credentials, bucket).await?;
+    let abilities =
+        if read_only { probe::NONE } else { patient::until(endpoint.patience(), || probe::probe(&s3)).await? };
+    let s3 = s3.honouring(abilities);
+    let store = patient::Patient::new(s3.clone(), endpoint.patience());
+    Ok(Opened { s3, store })
 }

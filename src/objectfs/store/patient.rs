@@ -90,6 +90,24 @@ impl Pauses {
     }
 }
 
+/// Tries what may be repeated until it works or is refused, for as long as `patience`.
+///
+/// # Errors
+/// The last one.
+pub async fn until<T, F: Future<Output = StoreResult<T>>>(patience: Duration, call: impl Fn() -> F) -> StoreResult<T> {
+    repeated(Policy { patience, first: FIRST_PAUSE, longest: LONGEST_PAUSE }, call).await
+}
+
+async fn repeated<T, F: Future<Output = StoreResult<T>>>(policy: Policy, call: impl Fn() -> F) -> StoreResult<T> {
+    let mut pauses = Pauses::new(policy);
+    loop {
+        match call().await {
+            Err(error) => pauses.after(error).await?,
+            done => return done,
+        }
+    }
+}
+
 /// May the attempt have been carried out all the same?
 fn is_lost(error: &StoreError) -> bool {
     error.kind == StoreErrorKind::Unavailable
@@ -104,13 +122,7 @@ impl Patient {
 
     /// Calls that can be repeated whatever came of the attempt before.
     async fn again<T, F: Future<Output = StoreResult<T>>>(&self, call: impl Fn() -> F) -> StoreResult<T> {
-        let mut pauses = Pauses::new(self.policy);
-        loop {
-            match call().await {
-                Err(error) => pauses.after(error).await?,
-                done => return done,
-            }
-        }
+        repeated(self.policy, call).await
     }
 
     /// Calls that may meet their own work. `ours` is asked after a refusal that follows a lost answer.

@@ -70,6 +70,11 @@ impl S3 {
         Arc::new(Self { abilities, ..self.clone() })
     }
 
+    /// Its name.
+    pub fn bucket(&self) -> &str {
+        &self.bucket
+    }
+
     /// Signs with other credentials from now on, also what shares this connection.
     pub fn renew(&self, credentials: &Credentials) {
         self.wallet.replace(credentials);
