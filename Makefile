@@ -33,7 +33,7 @@ test: ## Everything that this machine can test, after installing what that needs
 test-vm: ## What needs a kernel with CephFS, in a virtual machine that has one
 	@scripts/test-vm.sh
 
-sanity: ## csi-sanity against the real binary (DRIVER=nvme or cephfs)
+sanity: ## csi-sanity against the real binary (DRIVER=nvme, cephfs or s3)
 	@scripts/sanity.sh $(DRIVER)
 
 lab: ## A Ceph cluster on this machine, to try CephFS with (BERTH_LAB=/var/tmp/berth-lab is where; RGW=1 adds S3)

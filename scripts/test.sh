@@ -61,12 +61,13 @@ unset BERTH_LAB BERTH_LAB_B # tests stop its daemons: csi-sanity starts one of i
 if [ "$(id -u)" = 0 ]; then
   part sanity make --no-print-directory sanity DRIVER=nvme
   part sanity-cephfs make --no-print-directory sanity DRIVER=cephfs
+  part sanity-s3 make --no-print-directory sanity DRIVER=s3
 else
   echo "SKIPPED csi-sanity: needs root, for loop devices and mounts" | tee "$log/sanity"
 fi
 
 # Cargo says `test result: ok. 7 passed; 0 failed`, the sanity suite `mount: 75 run, 75 passed, 0 failed`.
-count() { cat "$log"/{check,integration,sanity,sanity-cephfs} 2>/dev/null | grep -oE "[0-9]+ $1" | awk '{n += $1} END {print n + 0}'; }
+count() { cat "$log"/{check,integration,sanity,sanity-cephfs,sanity-s3} 2>/dev/null | grep -oE "[0-9]+ $1" | awk '{n += $1} END {print n + 0}'; }
 echo
 grep -hE '^ *SKIPPED ' "$log"/* | sed 's/^ *//' | sort -u
 [ ${#failed[@]} = 0 ] || echo "FAILED: ${failed[*]}"

@@ -5,7 +5,8 @@ mod common;
 
 use std::collections::HashMap;
 use std::net::TcpListener;
-use std::path::PathBuf;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -114,6 +115,13 @@ async fn lab() -> (Minio, Lab, Client) {
         std::fs::write(lab.path(file), text).unwrap();
     }
     let (access, secret) = (lab.path("access"), lab.path("secret"));
+    // Workers are no root, and pass through here.
+    std::fs::set_permissions(lab.path(""), std::fs::Permissions::from_mode(0o711)).unwrap();
+    let dir = lab.path("");
+    let dir = dir.to_str().unwrap().trim_end_matches('/');
+    lab.config.extra = format!(
+        "mounter: {{socket: {dir}/mounter/sock, start: true, staging: {dir}/s3/staging, cache: {dir}/s3/cache, cacheSize: 64Mi}}"
+    );
     lab.config.services = Some(format!(
         "services:\n  - {{name: main, kind: minio, url: '{}', buckets: [data], accessKeyFile: {}, secretKeyFile: {}}}",
         minio.url,
@@ -310,4 +318,79 @@ async fn a_class_may_say_itself_where_its_service_is() {
     let mut request = request("pvc-2", &[]);
     request.parameters = elsewhere;
     refused(client.try_create(request).await, Code::Unavailable);
+}
+
+/// Ends the mounter that a driver has started. Its workers end when the test's mounts are taken away.
+struct StopMounter(PathBuf);
+
+impl Drop for StopMounter {
+    fn drop(&mut self) {
+        let _ = berth::mounter::start::stop(&self.0, Duration::from_secs(10));
+    }
+}
+
+macro_rules! needs_fuse {
+    () => {
+        skip_unless!(common::is_root() && Path::new("/dev/fuse").exists(), "mounting needs root and FUSE");
+    };
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_written_on_a_mount_is_in_the_bucket_and_the_driver_may_be_killed_meanwhile() {
+    needs_minio!();
+    needs_fuse!();
+    let (minio, mut lab, client) = lab().await;
+    let _stop = StopMounter(lab.path("mounter/sock"));
+    let data = minio.made("data").await;
+    let id = client.try_create(claimed("vol")).await.unwrap().volume_id;
+    let mounted = client.mount(&lab, &id, "vol", &Use::default()).await;
+    common::write(mounted.file("before"), "one");
+    assert_eq!(user_keys(&data).await, ["vol/before"]);
+    lab.kill();
+    common::write(mounted.file("without"), "two");
+    assert_eq!(user_keys(&data).await, ["vol/before", "vol/without"]);
+    let mut again = lab.start().await;
+    (again.secrets, again.contexts) = (client.secrets.clone(), client.contexts.clone());
+    again.stage(&id, &mounted.staging, &Use::default()).await.unwrap();
+    again.publish(&id, &mounted.staging, &mounted.target, &Use::default()).await.unwrap();
+    assert_eq!(common::read(mounted.file("without")), b"two");
+    assert!(again.total(&id, &mounted.target).await.unwrap() > 0);
+    refused(again.total("other", &mounted.target).await, Code::NotFound);
+    for process in procfs::process::all_processes().unwrap().flatten() {
+        let line = process.cmdline().unwrap_or_default().join(" ");
+        let environment = process.environ().unwrap_or_default();
+        let is_ours = line.contains("berth") && !line.contains("minio");
+        assert!(!is_ours || !line.contains(SECRET), "{line}");
+        assert!(!is_ours || !environment.values().any(|value| value.to_string_lossy().contains(SECRET)), "{line}");
+    }
+    again.unmount(&mounted).await;
+    again.unmount(&mounted).await;
+    assert_eq!(lab.mounts(), [""; 0]);
+    again.delete(&id).await.unwrap();
+    assert_eq!(keys(&data).await, [""; 0]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_volume_is_as_large_as_its_claim_until_that_grows() {
+    needs_minio!();
+    needs_fuse!();
+    let (_minio, lab, client) = lab().await;
+    let _stop = StopMounter(lab.path("mounter/sock"));
+    let mut wanted = request("small", &[]);
+    wanted.capacity_range = Some(csi::CapacityRange { required_bytes: 1 << 20, limit_bytes: 0 });
+    let id = client.try_create(wanted).await.unwrap().volume_id;
+    let mounted = client.mount(&lab, &id, "small", &Use::default()).await;
+    let large = vec![7; 2 << 20];
+    let error = std::fs::write(mounted.file("large"), &large).unwrap_err();
+    assert_eq!(error.kind(), std::io::ErrorKind::StorageFull, "{error}");
+    std::fs::remove_file(mounted.file("large")).unwrap();
+    assert_eq!(client.total(&id, &mounted.target).await.unwrap(), 1 << 20);
+    assert_eq!(client.grow(&id, 8 << 20).await.unwrap(), 8 << 20);
+    let end = Instant::now() + Duration::from_secs(60);
+    while let Err(error) = std::fs::write(mounted.file("large"), &large) {
+        assert_eq!(error.kind(), std::io::ErrorKind::StorageFull, "{error}");
+        assert!(Instant::now() < end, "the mount does not learn of its growth");
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    client.remove(&mounted).await;
 }

@@ -252,7 +252,7 @@ fn damaged_uploads_are_sent_again() {
 fn damaged_downloads_are_noticed() {
     let Some((tree, proxy, options)) = behind_a_proxy() else { return };
     let small = noise(1, 10_000);
-    let writer = tree.mount_with(&Options { node: "writer", checksums: true, ..Options::default() });
+    let writer = tree.mount_with(&Options { node: "writer".to_owned(), checksums: true, ..Options::default() });
     fs::write(writer.at("small"), &small).unwrap();
     writer.unmount();
     let mount = tree.mount_with(&Options { checksums: true, ..options });

@@ -18,18 +18,12 @@ use crate::mounter::objects::Objects;
 use crate::mounter::start::{SOCKET, Start, start_detached};
 use crate::mounter::worker::{Opener, Volume};
 use crate::objectfs::settings::{Checksums, Consistency, Credentials, Endpoint, Limit, Settings};
+use crate::objectfs::store::services::{PATIENCE, STALL};
 use crate::telemetry;
 use crate::volume::parse_bytes;
 
 /// So long a mount may take: what was staged earlier may be uploaded first.
 const DEADLINE: Duration = Duration::from_secs(120);
-/// A call is tried again for so long while the service is away, in milliseconds; the same as a driver's default.
-const PATIENCE: u64 = 300_000;
-/// One attempt without progress is given up after so long, in milliseconds.
-const STALL: u64 = 20_000;
-/// Names and attributes that others may change are looked at again after so long, in milliseconds.
-const MAX_AGE: u64 = 1000;
-
 /// What to mount, and where.
 #[derive(Debug, Args)]
 pub struct MountArguments {
@@ -99,6 +93,15 @@ pub struct MountArguments {
     /// Memory for data in flight.
     #[arg(long, value_name = "SIZE", default_value = "48Mi", value_parser = parse_bytes)]
     pub memory: u64,
+    /// Look again at names and attributes that others may have changed after so many milliseconds.
+    #[arg(long, value_name = "MS", default_value_t = 1000)]
+    pub max_age: u64,
+    /// Try calls again for so many milliseconds while the service is away; then programs get EIO.
+    #[arg(long, value_name = "MS", default_value_t = PATIENCE)]
+    pub patience: u64,
+    /// Give an attempt up, and try again, after so many milliseconds without progress.
+    #[arg(long, value_name = "MS", default_value_t = STALL)]
+    pub stall: u64,
     /// The bucket (or the prefix) may grow to this size; then programs get ENOSPC.
     #[arg(long, value_name = "SIZE", value_parser = parse_bytes)]
     pub limit: Option<u64>,

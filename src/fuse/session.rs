@@ -49,6 +49,8 @@ pub struct Parker {
 impl Parker {
     /// Readers stop at a request boundary and every request already read is answered; the kernel keeps what comes later
     /// for the next session. Waits for INIT when that is not done.
+    /// A request that hangs (the network is away) holds it up: the caller sets a deadline, and dies after it, since what
+    /// is not answered then can be sent again.
     ///
     /// The session's descriptor is closed when the file system and the session are dropped: the connection lives on
     /// only while somebody has a duplicate.

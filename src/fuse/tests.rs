@@ -31,7 +31,7 @@ fn decoded(bytes: &[u8]) -> Result<Operation, Errno> {
 }
 
 fn written(answer: Result<Body, Errno>) -> (abi::OutHeader, Vec<u8>) {
-    let bytes = reply::write(9, &answer, |pieces| pieces.iter().flat_map(|piece| piece.to_vec()).collect::<Vec<_>>());
+    let bytes = reply::write(9, &answer, |pieces| pieces.iter().map(|piece| &piece[..]).collect::<Vec<_>>().concat());
     let (head, body) = abi::OutHeader::read_from_prefix(&bytes).unwrap();
     assert_eq!(usize::try_from(head.len).unwrap(), bytes.len());
     (head, body.to_vec())

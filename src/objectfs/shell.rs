@@ -190,7 +190,7 @@ impl FileSystem for ObjectFs {
     }
 
     async fn flush(&self, _who: Caller, ino: Ino, handle: Handle) -> Answer<()> {
-        self.names.flush(ino, &self.handles.file(handle)?.file).await
+        self.flush_file(ino, handle).await
     }
 
     async fn release(&self, ino: Ino, handle: Handle) {

@@ -52,7 +52,7 @@ pub struct Tree {
 #[derive(Clone, Debug)]
 pub struct Options {
     /// Mounts of one node share the node's disk.
-    pub node: &'static str,
+    pub node: String,
     pub write_back: bool,
     pub read_only: bool,
     pub limit: Option<u64>,
@@ -73,7 +73,7 @@ pub struct Options {
 impl Default for Options {
     fn default() -> Self {
         Self {
-            node: "a",
+            node: "a".to_owned(),
             write_back: false,
             read_only: false,
             limit: None,
@@ -148,7 +148,8 @@ impl Tree {
 
     /// The same tree on a node that has not seen it yet: what it shows is in the bucket.
     pub fn elsewhere(&self) -> Mount {
-        self.mount_with(&Options { node: "elsewhere", ..Options::default() })
+        let node = format!("elsewhere-{}", COUNT.fetch_add(1, Ordering::Relaxed));
+        self.mount_with(&Options { node, ..Options::default() })
     }
 
     pub fn mount_with(&self, options: &Options) -> Mount {

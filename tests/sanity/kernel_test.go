@@ -62,7 +62,8 @@ func mountsBeneath(t *testing.T, dir string) []string {
 	return mounts
 }
 
-// fusesBeneath maps the FUSE processes that name something beneath dir, as their mount point say, to their command lines.
+// fusesBeneath maps the FUSE processes that name something beneath dir, as their mount point or their socket, to their
+// command lines: ceph-fuse, and mounters that berth has started.
 func fusesBeneath(t *testing.T, dir string) map[int]string {
 	t.Helper()
 	files, err := filepath.Glob("/proc/[0-9]*/cmdline")
@@ -76,7 +77,8 @@ func fusesBeneath(t *testing.T, dir string) map[int]string {
 			continue // ended since
 		}
 		words := strings.Split(strings.TrimRight(string(text), "\x00"), "\x00")
-		if filepath.Base(words[0]) != "ceph-fuse" {
+		isMounter := filepath.Base(words[0]) == "berth" && len(words) > 1 && words[1] == "mounter"
+		if filepath.Base(words[0]) != "ceph-fuse" && !isMounter {
 			continue
 		}
 		if slices.ContainsFunc(words[1:], func(word string) bool { return strings.HasPrefix(word, dir+"/") }) {

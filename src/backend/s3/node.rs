@@ -102,7 +102,13 @@ impl Node for ObjectStorage {
         if is_at(id, staging)? {
             match (self.death(id, staging)?, brought(secrets)?) {
                 (Some(_), _) => self.ensure_staged(stage, secrets)?,
-                (None, Some(credentials)) => self.mounter_for(QUESTION).renew(&mount_id(id), &credentials)?,
+                (None, Some(credentials)) => match self.mounter_for(QUESTION).renew(&mount_id(id), &credentials) {
+                    // The worker goes on with those that it has.
+                    Err(error) if error.kind() == ErrorKind::Unreachable => {
+                        tracing::warn!(%error, volume.id = %id, "its credentials are not renewed");
+                    }
+                    result => result?,
+                },
                 (None, None) => {}
             }
         }

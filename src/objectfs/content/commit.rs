@@ -60,6 +60,7 @@ pub(super) async fn commit(inner: &Arc<Inner>, intent: &Intent) -> Result<Versio
         }
         sent => sent?,
     };
+    inner.abandon_early().await;
     let version = Version { key: intent.key.clone(), etag, size: state.size };
     // What is small is in memory anyhow, and often read next.
     let head = match &state.store {
@@ -70,8 +71,10 @@ pub(super) async fn commit(inner: &Arc<Inner>, intent: &Intent) -> Result<Versio
     let staged = inner.alter(|state| std::mem::replace(state, State::existing(source)).staged);
     if let Some(staged) = staged {
         staged.remove_log();
-        // Giving a large file's blocks back takes its time.
-        tokio::task::spawn_blocking(move || staged.remove());
+        if staged.is_sparse() {
+            // Giving a large file's blocks back takes its time.
+            tokio::task::spawn_blocking(move || staged.remove_data());
+        }
     }
     Ok(version)
 }
@@ -96,7 +99,13 @@ async fn send(
         (Stage::Sparse, Some(staged)) => {
             let file = staged.data(false).map_err(|error| disk("read staged bytes", &error))?;
             if state.size > contents.tuning.whole {
-                return send_parts(inner, &file, pieces, intent, condition).await;
+                if state.is_new_and_large()
+                    && let Some(etag) = send_early_parts(inner, &file, state.size, intent, condition).await
+                {
+                    return Ok(etag);
+                }
+                let below = Below { version: state.version(), staged: false };
+                return send_parts(inner, &file, pieces, intent, condition, &below).await;
             }
             fill(inner, &file, pieces).await?;
             Payload::File(file, 0..state.size)
@@ -138,19 +147,46 @@ pub(super) fn short(version: &Version, at: u64) -> ContentError {
     ContentError::Store(StoreError { kind: StoreErrorKind::Corrupt, message })
 }
 
+/// What parts are copied from.
+struct Below {
+    version: Option<Version>,
+    /// Is all of it staged, too?
+    staged: bool,
+}
+
+/// Makes the file of what was sent early, and of what was not. `None`: it has to be sent as if nothing had been.
+async fn send_early_parts(
+    inner: &Arc<Inner>,
+    file: &Arc<File>,
+    size: u64,
+    intent: &Intent,
+    condition: &Condition,
+) -> Option<Etag> {
+    let (version, good) = inner.finish_early().await?;
+    let pieces: Vec<_> = good.pieces(0..size).into_iter().map(|(range, sent)| (range, !sent)).collect();
+    let key = version.key.clone();
+    let below = Below { version: Some(version), staged: true };
+    let sent = send_parts(inner, file, &pieces, intent, condition, &below).await;
+    if let Err(error) = inner.contents.store.delete(&key, None).await {
+        tracing::warn!(%error, "cannot remove parts that were sent early");
+    }
+    sent.ok()
+}
+
 async fn send_parts(
     inner: &Arc<Inner>,
     file: &Arc<File>,
     pieces: &[(Range<u64>, bool)],
     intent: &Intent,
     condition: &Condition,
+    below: &Below,
 ) -> Result<Etag, ContentError> {
     let contents = &inner.contents;
     let parts = plan(pieces, &contents.tuning);
     let upload = contents.store.begin_upload(&intent.key, &intent.metadata).await.map_err(refused)?;
     let work = futures_util::stream::iter(parts.into_iter().zip(1..).map(|(part, number)| {
         let inside = within(pieces, &part.range);
-        send_part(inner, file, intent, &upload, number, part, inside)
+        send_part(inner, file, intent, &upload, number, part, inside, below)
     }));
     let sent = work.buffer_unordered(contents.tuning.in_flight).try_collect::<Vec<_>>().await;
     let done = match sent {
@@ -181,6 +217,7 @@ fn within(pieces: &[(Range<u64>, bool)], range: &Range<u64>) -> Vec<(Range<u64>,
     pieces.map(|(piece, staged)| (piece.start.max(range.start)..piece.end.min(range.end), *staged)).collect()
 }
 
+#[expect(clippy::too_many_arguments, reason = "one call of a loop")]
 async fn send_part(
     inner: &Inner,
     file: &Arc<File>,
@@ -189,12 +226,12 @@ async fn send_part(
     number: u32,
     part: Planned,
     inside: Vec<(Range<u64>, bool)>,
+    below: &Below,
 ) -> Result<Part, ContentError> {
     let contents = &inner.contents;
     let _permit = contents.uploads.acquire().await;
     let _counted = contents.tally.uploading();
-    let base = inner.look(State::version).filter(|_| part.copied);
-    if let Some(base) = base {
+    if let Some(base) = below.version.as_ref().filter(|_| part.copied) {
         let range = part.range.clone();
         let copied = contents.store.copy_part(&intent.key, upload, number, &base.key, Some(&base.etag), range).await;
         match copied {
@@ -203,7 +240,9 @@ async fn send_part(
             copied => return copied.map_err(refused),
         }
     }
-    fill(inner, file, &inside).await?;
+    if !below.staged {
+        fill(inner, file, &inside).await?;
+    }
     let payload = Payload::File(file.clone(), part.range.clone());
     let sent = contents.store.upload_part(&intent.key, upload, number, payload).await;
     sent.map_err(|error| match error.kind {

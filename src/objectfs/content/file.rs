@@ -10,14 +10,13 @@ use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use bytes::Bytes;
-
+use super::early::Early;
 use super::journal::{self, Base, Record};
 use super::ranges::RangeSet;
 use super::source::Source;
 use super::staging::Staged;
 use super::tally::Weight;
-use super::{ContentError, Contents, Intent, LARGEST, Version, Window};
+use super::{ContentError, Contents, Intent, LARGEST, Version};
 use crate::host::files;
 
 /// A file, shared by its handles and by the tasks that commit it.
@@ -26,6 +25,7 @@ pub(super) struct Inner {
     /// Held by whoever changes or commits.
     pub(super) changing: Arc<tokio::sync::Mutex<()>>,
     state: Mutex<State>,
+    pub(super) early: Mutex<Early>,
 }
 
 /// What is where, at one moment.
@@ -71,6 +71,11 @@ impl State {
 
     pub(super) fn is_dirty(&self) -> bool {
         self.fresh || self.staged.is_some()
+    }
+
+    /// Is all of it staged, in the sparse file?
+    pub(super) fn is_new_and_large(&self) -> bool {
+        self.keep == 0 && matches!(self.store, Stage::Sparse)
     }
 
     pub(super) fn version(&self) -> Option<Version> {
@@ -156,29 +161,14 @@ pub(super) fn disk(what: &str, error: &io::Error) -> ContentError {
     }
 }
 
-/// A file's bytes from its log.
-pub(super) fn replay(records: &[Record]) -> Vec<u8> {
-    let mut bytes = Vec::new();
-    for record in records {
-        match record {
-            Record::Inline(offset, data) => {
-                let end = *offset as usize + data.len();
-                if bytes.len() < end {
-                    bytes.resize(end, 0);
-                }
-                bytes[*offset as usize..end].copy_from_slice(data);
-            }
-            Record::InlineSize(size) => bytes.resize(*size as usize, 0),
-            Record::Restart => bytes.clear(),
-            Record::Intent(_) | Record::Base(_) | Record::Sparse(_) | Record::Dirty(_) | Record::Keep(_) => {}
-        }
-    }
-    bytes
-}
-
 impl Inner {
     pub(super) fn new(contents: &Arc<Contents>, state: State) -> Arc<Self> {
-        let inner = Self { contents: contents.clone(), changing: Arc::default(), state: Mutex::new(state) };
+        let inner = Self {
+            contents: contents.clone(),
+            changing: Arc::default(),
+            state: Mutex::new(state),
+            early: Mutex::default(),
+        };
         inner.contents.tally.changed(Weight::default(), inner.look(State::weight));
         Arc::new(inner)
     }
@@ -329,8 +319,9 @@ impl Inner {
                         journal::encode_inline(offset, data, &mut bytes);
                         self.encode_intent(&staged, intent, &mut bytes);
                         staged.append(&bytes)?;
-                        self.wrote_inline(offset, data)?;
+                        self.wrote_inline(offset, data);
                     }
+                    self.spare(&staged);
                     return Ok(None);
                 }
                 self.spill(&staged, &state, intent)?;
@@ -348,7 +339,7 @@ impl Inner {
                         state.store = Stage::Inline(Arc::new(vec![0; state.size as usize]));
                     });
                     if let Some((offset, data)) = write {
-                        self.wrote_inline(offset, data)?;
+                        self.wrote_inline(offset, data);
                     }
                     return Ok(None);
                 }
@@ -391,18 +382,14 @@ impl Inner {
     pub(super) fn inline_bytes(&self, state: &State) -> io::Result<Arc<Vec<u8>>> {
         match (&state.store, &state.staged) {
             (Stage::Inline(bytes), _) => Ok(bytes.clone()),
-            (_, Some(staged)) => Ok(Arc::new(replay(&staged.records()?))),
+            (_, Some(staged)) => Ok(Arc::new(journal::replay(&staged.records()?))),
             (_, None) => Ok(Arc::default()),
         }
     }
 
-    fn wrote_inline(&self, offset: u64, data: &[u8]) -> io::Result<()> {
+    /// What is not in memory is read from the log, which has it.
+    fn wrote_inline(&self, offset: u64, data: &[u8]) {
         let end = offset as usize + data.len();
-        // Not in memory: the log has it, with what was just written.
-        if self.look(|state| matches!(state.store, Stage::InLog)) {
-            self.alter(|state| state.wrote(offset..end as u64));
-            return Ok(());
-        }
         self.alter(|state| {
             state.wrote(offset..end as u64);
             if let Stage::Inline(bytes) = &mut state.store {
@@ -413,7 +400,6 @@ impl Inner {
                 bytes[offset as usize..end].copy_from_slice(data);
             }
         });
-        Ok(())
     }
 
     fn resize_inline(&self, size: u64, intent: &Intent) -> io::Result<()> {
@@ -449,7 +435,7 @@ impl Inner {
     /// Keeps the log short and the descriptors few.
     fn spare(&self, staged: &Arc<Staged>) {
         let tuning = &self.contents.tuning;
-        if staged.log_size() > tuning.longest_log {
+        if staged.log_size() > tuning.longest_log && self.look(|state| matches!(state.store, Stage::Sparse)) {
             let (base, ranges) = self.look(|state| (state.base_record(), state.dirty.iter().collect()));
             let intent = staged.intent().map(Record::Intent);
             let records = [base, Record::Sparse(ranges)].into_iter().chain(intent);
@@ -460,89 +446,6 @@ impl Inner {
         if self.contents.folder.descriptors() > tuning.descriptors {
             staged.close();
         }
-    }
-
-    /// Staged bytes of a range, zeros where nothing was written. `None`: the files went meanwhile, look again.
-    pub(super) fn read_staged(&self, state: &State, range: Range<u64>) -> Result<Option<Bytes>, ContentError> {
-        let length = (range.end - range.start) as usize;
-        let read = match (&state.store, &state.staged) {
-            (Stage::None, _) | (_, None) => return Ok(Some(vec![0; length].into())),
-            (Stage::Inline(_) | Stage::InLog, _) => self.inline_bytes(state).map(|bytes| {
-                let mut piece = vec![0; length];
-                let start = (range.start as usize).min(bytes.len());
-                let end = (range.end as usize).min(bytes.len());
-                piece[..end - start].copy_from_slice(&bytes[start..end]);
-                piece
-            }),
-            (Stage::Sparse, Some(staged)) => staged.data(false).and_then(|file| {
-                let mut piece = vec![0; length];
-                read_up_to(&file, &mut piece, range.start).map(|_| piece)
-            }),
-        };
-        match read {
-            Ok(piece) => Ok(Some(piece.into())),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
-            Err(error) => Err(disk("read staged bytes", &error)),
-        }
-    }
-
-    /// Reads what is staged from the disk and the rest from the base.
-    pub(super) async fn read(&self, window: &mut Window, offset: u64, size: u32) -> Result<Vec<Bytes>, ContentError> {
-        // A commit may replace the base, and remove staged files, while we read: then what we saw is looked at again.
-        loop {
-            let (state, pieces) = self.look(|state| {
-                let end = offset.saturating_add(u64::from(size)).min(state.size);
-                (state.sketch(), state.pieces(offset.min(end)..end))
-            });
-            match self.read_pieces(window, &state, pieces).await {
-                Ok(Some(read)) => return Ok(read),
-                Ok(None) if self.changed_since(&state) => {}
-                Err(ContentError::Changed(_)) if self.changed_since(&state) => {}
-                Ok(None) => return Err(ContentError::Disk("cannot find staged bytes".to_owned())),
-                Err(error) => return Err(error),
-            }
-        }
-    }
-
-    fn changed_since(&self, seen: &State) -> bool {
-        let same = |state: &State| match (&state.base, &seen.base) {
-            (Some(now), Some(then)) => Arc::ptr_eq(now, then),
-            (None, None) => true,
-            _ => false,
-        };
-        self.look(|state| !same(state) || state.staged.is_some() != seen.staged.is_some())
-    }
-
-    async fn read_pieces(
-        &self,
-        window: &mut Window,
-        state: &State,
-        pieces: Vec<(Range<u64>, bool)>,
-    ) -> Result<Option<Vec<Bytes>>, ContentError> {
-        let mut read = Vec::with_capacity(pieces.len());
-        for (range, staged) in pieces {
-            match &state.base {
-                Some(base) if !staged => read.extend(base.read(window, range).await?),
-                _ => match self.read_staged(state, range)? {
-                    Some(bytes) => read.push(bytes),
-                    None => return Ok(None),
-                },
-            }
-        }
-        Ok(Some(read))
-    }
-
-    /// SEEK_DATA and SEEK_HOLE, by what is known to be zeros.
-    pub(super) fn seek(&self, offset: u64, hole: bool) -> Option<u64> {
-        self.look(|state| {
-            let pieces = state.zeros.pieces(offset..state.size.max(offset));
-            if offset >= state.size {
-                return None;
-            }
-            let found = pieces.into_iter().find(|(_, zeros)| *zeros == hole).map(|(range, _)| range.start);
-            // Behind the end there is always a hole.
-            if hole { Some(found.unwrap_or(state.size)) } else { found }
-        })
     }
 }
 

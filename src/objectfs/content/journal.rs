@@ -9,6 +9,7 @@ use std::ops::Range;
 use serde::{Deserialize, Serialize};
 
 use super::{Intent, Version};
+use crate::objectfs::store::UploadId;
 
 /// What every log begins with; a format that this program does not know is left alone.
 pub(super) const MAGIC: &[u8; 8] = b"BERTHLG1";
@@ -35,6 +36,8 @@ pub(super) enum Record {
     Keep(u64),
     /// The file was emptied: nothing of the base is seen, nothing staged before counts, and it is small again.
     Restart,
+    /// Parts were sent early under this key, which is ours alone.
+    Upload(String, UploadId),
 }
 
 /// What lies below the staged bytes.
@@ -102,6 +105,10 @@ pub(super) fn encode(record: &Record, into: &mut Vec<u8>) {
             into.extend(keep.to_le_bytes());
         }
         Record::Restart => into.push(8),
+        Record::Upload(key, upload) => {
+            into.push(9);
+            json(into, serde_json::to_vec(&(key, upload)));
+        }
     }
     seal(start, into);
 }
@@ -166,9 +173,33 @@ fn one(bytes: &[u8]) -> Option<(Record, usize)> {
         6 => Record::Dirty(range(0)?),
         7 => Record::Keep(number(0)?),
         8 => Record::Restart,
+        9 => {
+            let (key, upload) = serde_json::from_slice(body).ok()?;
+            Record::Upload(key, upload)
+        }
         _ => return None,
     };
     Some((record, 8 + length))
+}
+
+/// A file's bytes from its log.
+pub(super) fn replay(records: &[Record]) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    for record in records {
+        match record {
+            Record::Inline(offset, data) => {
+                let end = *offset as usize + data.len();
+                if bytes.len() < end {
+                    bytes.resize(end, 0);
+                }
+                bytes[*offset as usize..end].copy_from_slice(data);
+            }
+            Record::InlineSize(size) => bytes.resize(*size as usize, 0),
+            Record::Restart => bytes.clear(),
+            _ => {}
+        }
+    }
+    bytes
 }
 
 #[cfg(test)]
@@ -189,6 +220,7 @@ mod tests {
             Record::Dirty(77..1 << 40),
             Record::Keep(4),
             Record::Restart,
+            Record::Upload("x".to_owned(), UploadId("y".to_owned())),
         ];
         let mut log = MAGIC.to_vec();
         let mut ends = vec![log.len()];

@@ -4,7 +4,7 @@
 //! |---|---|
 //! | `file` | which bytes of a file are staged and which are its base's |
 //! | `staging`, `journal` | the staged files on disk, and what a successor reads in them |
-//! | `commit` | putting staged bytes into the bucket, by the shape that costs least |
+//! | `commit`, `plan`, `early` | putting staged bytes into the bucket, by the shape that costs least |
 //! | `source` | reading one version: windows, shared blocks, parallel GETs |
 //! | `cache` | blocks on the node's disk |
 //! | `budget` | memory |
@@ -13,10 +13,12 @@ mod block;
 mod budget;
 mod cache;
 mod commit;
+mod early;
 mod file;
 mod journal;
 mod plan;
 mod ranges;
+mod read;
 mod recover;
 mod source;
 mod staging;
@@ -85,6 +87,8 @@ pub struct Contents {
     uploads: tokio::sync::Semaphore,
     budget: budget::Budget,
     cache: Option<Arc<cache::Cache>>,
+    /// Prefix of hidden objects.
+    hidden: String,
 }
 
 /// A file that an earlier worker has staged and not committed.
@@ -162,8 +166,9 @@ impl Contents {
         let sizes = (tuning.block, tuning.piece);
         let cache = cache.map(|folder| cache::Cache::new((folder, settings.cache_size), place, sizes, waiting));
         let (cache, budget) = (cache.map(Arc::new), budget::Budget::new(settings.memory));
-        let idle = tuning.idle;
-        let contents = Arc::new(Self { store, tuning, folder, tally: tally::Tally::default(), uploads, budget, cache });
+        let (idle, hidden) = (tuning.idle, settings.hidden());
+        let contents =
+            Arc::new(Self { store, tuning, folder, tally: tally::Tally::default(), uploads, budget, cache, hidden });
         let weak = Arc::downgrade(&contents);
         tokio::spawn(async move {
             loop {
@@ -238,13 +243,18 @@ impl Content {
     /// The disk is full or failed, or the file would be too large. What was written before is kept.
     pub async fn write(&self, offset: u64, data: &Bytes, intent: &Intent) -> Result<(), ContentError> {
         let guard = self.inner.changing.clone().lock_owned().await;
+        let range = offset..offset.saturating_add(data.len() as u64);
         if data.len() < LONG_WRITE {
-            return self.inner.write(offset, data, intent);
+            self.inner.write(offset, data, intent)?;
+            self.inner.advance(range);
+            return Ok(());
         }
         let (inner, data, intent) = (self.inner.clone(), data.clone(), intent.clone());
         blocking(move || {
             let _guard = guard;
-            inner.write(offset, &data, &intent)
+            inner.write(offset, &data, &intent)?;
+            inner.advance(range);
+            Ok(())
         })
         .await
     }
@@ -258,6 +268,7 @@ impl Content {
         let (inner, intent) = (self.inner.clone(), intent.clone());
         blocking(move || {
             let _guard = guard;
+            inner.outdate(size..u64::MAX);
             inner.resize(size, &intent)
         })
         .await
@@ -272,6 +283,7 @@ impl Content {
         let (inner, intent) = (self.inner.clone(), intent.clone());
         blocking(move || {
             let _guard = guard;
+            inner.outdate(offset..offset.saturating_add(length));
             inner.punch(offset, length, &intent)
         })
         .await
@@ -311,6 +323,7 @@ impl Content {
     /// What was staged is not wanted any more (unlinked and closed): forgets it, gives uploads up.
     pub async fn discard(&self) {
         let _guard = self.inner.changing.lock().await;
+        self.inner.abandon_early().await;
         self.inner.discard();
     }
 
@@ -321,6 +334,7 @@ impl Content {
     /// The disk is full or failed; then it stays staged.
     pub async fn set_aside(&self, intent: &Intent) -> Result<PathBuf, ContentError> {
         let _guard = self.inner.changing.lock().await;
+        self.inner.abandon_early().await;
         recover::set_aside(&self.inner, intent).await
     }
 }

@@ -9,11 +9,11 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use serde::Serialize;
 
-use super::file::{Inner, Stage, State, disk, replay};
-use super::journal::{Base, Record};
+use super::file::{Inner, Stage, State, disk};
+use super::journal::{Base, Record, replay};
 use super::source::Source;
 use super::staging::Staged;
-use super::{Content, ContentError, Contents, Intent, Recovered, Version, commit};
+use super::{Content, ContentError, Contents, Intent, Recovered, Version, commit, early};
 use crate::objectfs::store::Metadata;
 
 /// What stands beside a file in the `conflicts` folder.
@@ -57,6 +57,7 @@ fn recover_one(contents: &Arc<Contents>, id: u64) -> io::Result<Option<Recovered
     for record in &records {
         match record {
             Record::Intent(_) | Record::Inline(..) | Record::InlineSize(_) => {}
+            Record::Upload(key, upload) => early::give_up(contents, key.clone(), upload.clone()),
             Record::Base(Base { version, keep }) => {
                 known = true;
                 state.base = version.clone().map(|version| Source::new(contents, version, None));

@@ -214,7 +214,6 @@ impl Source {
 
     /// Blocks that cover a range, and those among them that are new. `room`: memory for a new one; without it the
     /// blocks end there.
-    #[expect(clippy::type_complexity, reason = "memory that may be missing, or may not be needed")]
     fn cover(
         &self,
         range: Range<u64>,

@@ -293,13 +293,23 @@ impl Staged {
         }
     }
 
-    /// Forgets it all.
-    pub(super) fn remove(&self) {
-        self.remove_log();
-        if self.files().sparse {
+    /// May there be a sparse file?
+    pub(super) fn is_sparse(&self) -> bool {
+        self.files().sparse
+    }
+
+    /// Gives the disk space back, once the log is gone.
+    pub(super) fn remove_data(&self) {
+        if self.is_sparse() {
             let _ = std::fs::remove_file(self.folder.file(self.id, "data"));
         }
         self.close();
+    }
+
+    /// Forgets it all.
+    pub(super) fn remove(&self) {
+        self.remove_log();
+        self.remove_data();
     }
 }
 

@@ -249,3 +249,179 @@ async fn whatever_call_fails_a_second_commit_is_right() {
         }
     }
 }
+
+#[tokio::test]
+async fn what_somebody_else_has_changed_is_kept_beside() {
+    for size in [40_usize, 5000] {
+        let (folder, double) = (TempDir::new().unwrap(), Double::new());
+        let contents = open(&folder, &double).await;
+        let content = object(&contents, &double, "d/a", vec![7; size]).await;
+        content.write(10, &Bytes::from_static(b"ours"), &intent("d/a", 1)).await.unwrap();
+        double.put_raw("d/a", "theirs", Metadata::default());
+        let error = content.commit(&intent("d/a", 1)).await.unwrap_err();
+        assert!(matches!(error, ContentError::Changed(_)), "{error}");
+        assert_eq!(double.object("d/a").unwrap().0, "theirs");
+        assert!(content.is_dirty());
+        let path = content.set_aside(&intent("d/a", 1)).await.unwrap();
+        assert!(!content.is_dirty());
+        assert!(path.starts_with(folder.path().join("staging/volume/conflicts")), "{}", path.display());
+        let kept = std::fs::read(&path).unwrap();
+        assert_eq!((kept.len(), &kept[10..14]), (size, &b"ours"[..]));
+        let sidecar = std::fs::read_to_string(path.with_added_extension("json")).unwrap();
+        assert!(sidecar.contains("\"d/a\"") && sidecar.contains("\"complete\": false"), "{sidecar}");
+        // And the file goes on with what is there.
+        content.replaced(Version { key: "d/a".to_owned(), etag: double.etag("d/a").unwrap(), size: 6 });
+        assert_eq!(all(&content).await, b"theirs");
+        assert_eq!(contents.progress().dirty_files, 0);
+    }
+}
+
+#[tokio::test]
+async fn a_new_file_that_must_be_new_takes_nobodys_place() {
+    let (folder, double) = (TempDir::new().unwrap(), Double::new());
+    let contents = open(&folder, &double).await;
+    let content = contents.new_file();
+    let exclusive = Intent { exclusive: true, ..intent("a", 1) };
+    content.write(0, &Bytes::from(vec![1; 3000]), &exclusive).await.unwrap();
+    double.put_raw("a", "theirs", Metadata::default());
+    assert!(matches!(content.commit(&exclusive).await, Err(ContentError::Changed(_))));
+    assert!(double.uploads().is_empty());
+    let elsewhere = Intent { exclusive: true, ..intent("b", 1) };
+    content.commit(&elsewhere).await.unwrap();
+    assert_eq!(double.object("b").unwrap().0, vec![1; 3000]);
+}
+
+#[tokio::test]
+async fn a_worker_killed_right_after_its_commit_leaves_no_conflict() {
+    for size in [40, 3000] {
+        let (folder, double) = (TempDir::new().unwrap(), Double::new());
+        let contents = open(&folder, &double).await;
+        let content = object(&contents, &double, "a", vec![7; 50]).await;
+        content.write(0, &Bytes::from(vec![1; size]), &intent("a", 1)).await.unwrap();
+        drop((content, contents));
+        // What the dead worker had put there.
+        let ours = [vec![1; size], vec![7; 50_usize.saturating_sub(size)]].concat();
+        double.put_raw("a", ours.clone(), intent("a", 1).metadata);
+        let contents = open(&folder, &double).await;
+        let found = contents.recover().await.remove(0);
+        let intent = Intent { key: found.key, metadata: found.metadata, exclusive: false };
+        found.content.commit(&intent).await.unwrap();
+        assert!(!found.content.is_dirty());
+        assert_eq!(all(&found.content).await, ours);
+        assert!(contents.recover().await.is_empty());
+    }
+}
+
+#[tokio::test]
+async fn an_append_to_a_large_file_sends_little() {
+    let (folder, double) = (TempDir::new().unwrap(), Double::new());
+    let contents = open_with(&settings(&folder), &double, Tuning::default()).await;
+    let content = object(&contents, &double, "a", vec![7; 20 << 20]).await;
+    content.write(20 << 20, &Bytes::from_static(b"more"), &intent("a", 1)).await.unwrap();
+    content.commit(&intent("a", 1)).await.unwrap();
+    assert_eq!(double.object("a").unwrap().0.len(), (20 << 20) + 4);
+    assert_eq!((double.count("upload_part"), double.count("get"), double.count("copy_part")), (1, 0, 1));
+    // The base is elsewhere: renamed while it was dirty.
+    content.write(0, &Bytes::from_static(b"head"), &intent("a", 1)).await.unwrap();
+    let version = content.commit(&intent("b", 1)).await.unwrap();
+    assert_eq!(version.key, "b");
+    assert_eq!(double.object("b").unwrap().0[..8], *b"head\x07\x07\x07\x07");
+}
+
+#[tokio::test]
+async fn holes_are_told_and_nothing_is_past_the_largest_object() {
+    let (folder, double) = (TempDir::new().unwrap(), Double::new());
+    let contents = open(&folder, &double).await;
+    let content = contents.new_file();
+    content.write(5000, &Bytes::from_static(b"data"), &intent("a", 1)).await.unwrap();
+    content.resize(9000, &intent("a", 1)).await.unwrap();
+    let seek = |offset, hole| content.seek(offset, hole);
+    assert_eq!((seek(0, false), seek(0, true), seek(5001, true)), (Some(5000), Some(0), Some(5004)));
+    assert_eq!((seek(5004, false), seek(5002, false), seek(9000, true)), (None, Some(5002), None));
+    for tried in [
+        content.write(LARGEST - 2, &Bytes::from_static(b"data"), &intent("a", 1)).await,
+        content.write(u64::MAX - 2, &Bytes::from_static(b"data"), &intent("a", 1)).await,
+        content.resize(LARGEST + 1, &intent("a", 1)).await,
+    ] {
+        assert!(matches!(tried, Err(ContentError::TooLarge)));
+    }
+    assert_eq!(content.size(), 9000);
+}
+
+#[tokio::test]
+async fn parts_are_sent_while_a_file_is_still_being_written() {
+    let mut early = 0;
+    for seed in 0..60 {
+        let mut random = fastrand::Rng::with_seed(seed);
+        let (folder, double) = (TempDir::new().unwrap(), Double::new());
+        double.set_least_part(200);
+        let tuning = Tuning { early: 1500, early_after: std::time::Duration::ZERO, ..small() };
+        let contents = open_with(&settings(&folder), &double, tuning).await;
+        let (content, mut model) = (contents.new_file(), Vec::new());
+        if seed % 3 == 1 {
+            double.fail_nth("*", random.usize(1..20), StoreErrorKind::Unavailable);
+        }
+        for step in 0..30 {
+            let intent = intent("a", step);
+            // Mostly in sequence, and back to the head now and then.
+            let start = if random.u32(0..6) == 0 { random.usize(0..=model.len()) } else { model.len() };
+            let length = random.usize(1..700);
+            let data = bytes(&mut random, length);
+            content.write(start as u64, &Bytes::from(data.clone()), &intent).await.unwrap();
+            model.resize(model.len().max(start + length), 0);
+            model[start..start + length].copy_from_slice(&data);
+            if random.u32(0..10) == 0 {
+                let size = random.usize(0..=model.len());
+                content.resize(size as u64, &intent).await.unwrap();
+                model.resize(size, 0);
+            }
+            for _ in 0..random.u32(0..10) {
+                tokio::task::yield_now().await;
+            }
+        }
+        let before = double.count("upload_part");
+        let mut done = content.commit(&intent("a", 99)).await;
+        if done.is_err() {
+            done = content.commit(&intent("a", 99)).await;
+        }
+        done.unwrap();
+        early += before;
+        let (found, metadata) = double.object("a").unwrap();
+        assert!(found == model, "seed {seed}");
+        assert_eq!(metadata, intent("a", 99).metadata);
+        double.heal();
+        drop((content, contents));
+        // Nothing of it stays in the bucket.
+        while !double.uploads().is_empty() && seed % 3 != 1 {
+            tokio::task::yield_now().await;
+        }
+        while double.keys() != ["a"] && seed % 3 != 1 {
+            tokio::task::yield_now().await;
+        }
+    }
+    assert!(early > 100, "{early}");
+}
+
+#[tokio::test]
+async fn a_successor_gives_up_what_was_sent_early() {
+    let (folder, double) = (TempDir::new().unwrap(), Double::new());
+    double.set_least_part(200);
+    let tuning = Tuning { early: 1500, early_after: std::time::Duration::ZERO, ..small() };
+    let contents = open_with(&settings(&folder), &double, tuning).await;
+    let content = contents.new_file();
+    for step in 0..10_u64 {
+        content.write(step * 500, &Bytes::from(vec![1; 500]), &intent("a", 1)).await.unwrap();
+    }
+    while double.count("upload_part") < 10 {
+        tokio::task::yield_now().await;
+    }
+    drop((content, contents));
+    assert_eq!(double.uploads().len(), 1);
+    let contents = open(&folder, &double).await;
+    let found = contents.recover().await.remove(0);
+    found.content.commit(&intent("a", 1)).await.unwrap();
+    while !double.uploads().is_empty() {
+        tokio::task::yield_now().await;
+    }
+    assert_eq!((double.keys(), double.object("a").unwrap().0), (vec!["a".to_owned()], Bytes::from(vec![1; 5000])));
+}

@@ -35,6 +35,11 @@ pub(super) struct Tuning {
     /// Uploads of one mount under way at a time.
     pub(super) uploads: usize,
 
+    /// A new file of this size has its parts sent while it is still being written...
+    pub(super) early: u64,
+    /// ...once it has been written for so long.
+    pub(super) early_after: Duration,
+
     /// Blocks: what is held, shared and cached.
     pub(super) block: u64,
     /// What is read at random comes in multiples of this.
@@ -66,6 +71,8 @@ impl Default for Tuning {
             parts: 10_000,
             in_flight: 8,
             uploads: 32,
+            early: 16 * MIB,
+            early_after: Duration::from_secs(5),
             block: MIB,
             piece: 128 * KIB,
             get: 4 * MIB,

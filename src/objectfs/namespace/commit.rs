@@ -290,11 +290,12 @@ impl Namespace {
                 }
                 Err(errno) => {
                     file.state().error = Some(errno);
-                    if *self.ending.borrow() && pause > Duration::from_secs(4) {
+                    let mut ending = self.ending.subscribe();
+                    if *ending.borrow() {
                         // It stays staged for the next worker.
                         return;
                     }
-                    tokio::time::sleep(pause).await;
+                    let _ = tokio::time::timeout(pause, ending.wait_for(|ending| *ending)).await;
                     pause = (pause * 2).min(Duration::from_secs(60));
                     file.state().queued = true;
                 }

@@ -260,10 +260,15 @@ impl Namespace {
         let Some(node) = tree.node_mut(ino) else { return };
         let now = SystemTime::now();
         node.facts.changed = changed;
-        if let Some(attributes) = &mut node.facts.attributes {
-            let attributes = Arc::make_mut(attributes);
+        if let Some(file) = &node.file {
+            file.state().attributes = true;
+        }
+        if let Some(attributes) = &node.facts.attributes {
+            // Another value, not a changed one: a commit under way tells by that what it has not sent.
+            let mut attributes = Attributes::clone(attributes);
             attributes.mtime = now;
             attributes.ctime = now;
+            node.facts.attributes = Some(Arc::new(attributes));
         }
     }
 

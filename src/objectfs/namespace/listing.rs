@@ -69,6 +69,7 @@ impl Namespace {
                 }
             }
             shown.iter().for_each(|name| listing.push(name));
+            self.trim(shown.len());
             listing.token = page.token;
             if listing.token.is_none() {
                 listing.whole = true;
@@ -223,8 +224,7 @@ impl Namespace {
     /// Lists one page of a directory, for lookups. `true`: that was all of it. Whoever comes while somebody lists waits.
     pub(super) async fn list_once(self: &Arc<Self>, ino: Ino) -> Answer<bool> {
         let since = Instant::now();
-        // A name that no entry can have.
-        let _held = self.take(&[(ino, "/")], None).await;
+        let _held = self.lists.take(&[(ino, "")], None, |with| with(&self.tree())).await;
         if self.is_listed(ino, since) {
             return Ok(true);
         }
@@ -304,6 +304,7 @@ impl Namespace {
                 whole.extend(flat.finish());
             }
             let found = whole.iter().any(|whole| whole.path == path);
+            self.trim(whole.iter().map(|whole| whole.names.len()).sum());
             self.take_flat(top, whole);
             if found || token.is_none() {
                 break;

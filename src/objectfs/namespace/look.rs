@@ -3,8 +3,6 @@
 use std::sync::Arc;
 use std::time::Instant;
 
-use futures_util::future::OptionFuture;
-
 use super::super::attributes::Attributes;
 use super::super::store::{Head, ListRequest, StoreErrorKind};
 use super::errors::refused;
@@ -123,23 +121,20 @@ impl Namespace {
     /// All that a name can be, in one round trip. `list`: a page of its directory answers for its neighbours, too.
     async fn look_at_all(self: &Arc<Self>, parent: Ino, name: &str, key: &str, list: bool, ask: Ask) -> Answer<()> {
         let marker = format!("{key}/");
-        let page: OptionFuture<_> = list.then(|| self.list_once(parent)).into();
-        let (object, page) = tokio::join!(self.head(key), page);
-        let object = object?;
-        if let Some(page) = page {
+        let (object, below, head) = if list {
+            let (object, whole) = tokio::try_join!(self.head(key), self.list_once(parent))?;
             // What the directory's page has not shown is not there, if there was no other page.
-            if page? {
-                if let Some(head) = object {
+            if whole {
+                let folder = self.tree().facts(parent, name).is_some_and(|facts| facts.directory);
+                if let Some(head) = object.filter(|_| !folder) {
                     self.learn(parent, name, ask, Seen::Object(self.stored(&head, false)));
                 }
                 return Ok(());
             }
-        }
-        let (below, head) = match list {
-            // The round trip was spent on the page; the rest is one more.
-            true => tokio::try_join!(self.has_keys(&marker), self.head(&marker))?,
-            false if object.is_some() => (self.has_keys(&marker).await?, None),
-            false => tokio::try_join!(self.has_keys(&marker), self.head(&marker))?,
+            let (below, head) = tokio::try_join!(self.has_keys(&marker), self.head(&marker))?;
+            (object, below, head)
+        } else {
+            tokio::try_join!(self.head(key), self.has_keys(&marker), self.head(&marker))?
         };
         let seen = match (below || head.is_some(), object) {
             (true, _) => Seen::Directory(Some(head.map(|head| self.stored(&head, true)))),

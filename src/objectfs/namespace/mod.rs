@@ -19,8 +19,9 @@ mod recovery;
 mod rename;
 mod tables;
 mod tree;
+mod trim;
 
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
@@ -56,6 +57,8 @@ pub(crate) struct Namespace {
     max_age: Duration,
     tree: Mutex<Tree>,
     places: Places,
+    /// Directories that somebody lists for lookups. Apart: who changes a name may have to wait for one.
+    lists: Places,
     kernel: Mutex<Option<Arc<dyn Notify>>>,
     /// Commits in the background.
     background: Arc<tokio::sync::Semaphore>,
@@ -68,6 +71,8 @@ pub(crate) struct Namespace {
     ending: tokio::sync::watch::Sender<bool>,
     /// Indexes can't be written: not asked again.
     no_index: AtomicBool,
+    /// Names learnt since memory was looked after.
+    learnt: AtomicUsize,
 }
 
 impl Namespace {
@@ -81,6 +86,7 @@ impl Namespace {
             max_age: Duration::from_millis(settings.max_age),
             tree: Mutex::new(tree),
             places: Places::default(),
+            lists: Places::default(),
             kernel: Mutex::default(),
             background: Arc::new(tokio::sync::Semaphore::new(16)),
             tasks: tokio::sync::watch::Sender::new(0),
@@ -88,6 +94,7 @@ impl Namespace {
             counter: AtomicU64::new(0),
             ending: tokio::sync::watch::Sender::new(false),
             no_index: AtomicBool::new(settings.read_only),
+            learnt: AtomicUsize::new(0),
             settings,
             store,
             contents,

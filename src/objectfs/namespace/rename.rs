@@ -9,7 +9,7 @@ use std::time::{Duration, SystemTime};
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 
-use super::super::content::Version;
+use super::super::content::{Intent, Version};
 use super::super::store::{
     Condition, Etag, ListPage, ListRequest, Listed, Metadata, Payload, StoreError, StoreErrorKind, StoreResult,
 };
@@ -138,17 +138,24 @@ impl Namespace {
                 self.renamed(from, to);
                 return self.remember(ino, file).await;
             }
-            // Its base is under the old name: first it is all there.
-            self.commit_held(ino, file, from.0, from.1).await?;
         }
         let (from_key, to_key) = {
             let tree = self.tree();
             (tree.key(ino).ok_or(Errno::STALE)?, tree.key_of(to.0, to.1).ok_or(Errno::STALE)?)
         };
+        // A target that may not be replaced needs a condition that only a copy has.
+        if let Some(file) = file.as_ref().filter(|file| file.is_ours())
+            && (no_replace || !file.content.is_dirty())
+        {
+            self.commit_held(ino, file, from.0, from.1).await?;
+        }
         if let Some(target_file) = &target_file {
             self.put_aside(target_file).await?;
         }
-        let version = self.copy_file(ino, from, &from_key, &to_key, no_replace).await?;
+        let version = match file.as_ref().filter(|file| file.content.is_dirty()) {
+            Some(file) => self.commit_as(ino, file, &to_key).await?,
+            None => self.copy_file(ino, from, &from_key, &to_key, no_replace).await?,
+        };
         self.leave_marker(from.0, from.1).await?;
         match self.store.delete(&from_key, Some(&version.1)).await {
             Ok(()) => {}
@@ -178,6 +185,16 @@ impl Namespace {
         }
         self.renamed(from, to);
         Ok(())
+    }
+
+    /// Commits a file that has changed here under its new name. Returns the new version and the old one's tag.
+    async fn commit_as(self: &Arc<Self>, ino: Ino, file: &Arc<super::File>, to_key: &str) -> Answer<(Version, Etag)> {
+        let base = file.content.base().ok_or(Errno::STALE)?;
+        let (intent, attributes) = self.intent(ino, file)?;
+        let intent = Intent { key: to_key.to_owned(), ..intent };
+        let version = file.content.commit(&intent).await.map_err(|error| super::errors::content_errno(&error))?;
+        self.committed(ino, file, version.clone(), &attributes);
+        Ok((version, base.etag))
     }
 
     /// Copies a file that is all in the bucket. Returns the new version and the old one's tag.

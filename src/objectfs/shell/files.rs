@@ -84,6 +84,12 @@ impl ObjectFs {
         self.names.tree().unpin(ino);
     }
 
+    /// Whoever could not write is not told of what could not be written.
+    pub(super) async fn flush_file(&self, ino: Ino, handle: Handle) -> Answer<()> {
+        let open = self.handles.file(handle)?;
+        if open.writes { self.names.flush(ino, &open.file).await } else { Ok(()) }
+    }
+
     pub(super) async fn read_file(&self, handle: Handle, offset: u64, size: u32) -> Answer<Vec<Bytes>> {
         let open = self.handles.file(handle)?;
         if open.file.state().stale {

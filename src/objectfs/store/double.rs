@@ -211,6 +211,13 @@ impl Double {
         etag
     }
 
+    /// Sets a `Last-Modified`.
+    pub(crate) fn set_modified(&self, key: &str, modified: SystemTime) {
+        if let Some(object) = self.state().objects.get_mut(key) {
+            object.modified = modified;
+        }
+    }
+
     /// Deletes behind everybody's back.
     pub(crate) fn delete_raw(&self, key: &str) {
         self.state().objects.remove(key);
