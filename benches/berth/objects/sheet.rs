@@ -26,8 +26,9 @@ pub(crate) enum Metric {
     Remove,
     Append,
     Patch,
-    ListLong,
     Find,
+    ListLong,
+    ListAgain,
     Untar,
     MemoryRest,
     MemoryLoad,
@@ -73,7 +74,7 @@ pub(crate) struct Sizes {
 }
 
 impl Metric {
-    pub(crate) const ALL: [Self; 21] = [
+    pub(crate) const ALL: [Self; 22] = [
         Self::ReadCold,
         Self::ReadWarm,
         Self::Write,
@@ -90,8 +91,9 @@ impl Metric {
         Self::Remove,
         Self::Append,
         Self::Patch,
-        Self::ListLong,
         Self::Find,
+        Self::ListLong,
+        Self::ListAgain,
         Self::Untar,
         Self::MemoryRest,
         Self::MemoryLoad,
@@ -117,8 +119,9 @@ impl Metric {
             Self::Remove => "– removed, each".to_owned(),
             Self::Append => format!("4 KiB appended to {changed}, fsync"),
             Self::Patch => format!("4 KiB in the midst of {changed}, fsync"),
-            Self::ListLong => format!("`ls -l` of {} files", sizes.listed),
-            Self::Find => format!("`find` of {} files in 100 directories", sizes.listed),
+            Self::ListLong => format!("`ls -l` of {} files, which no mount has seen yet", sizes.listed),
+            Self::ListAgain => "– by the next mount".to_owned(),
+            Self::Find => format!("`find` of {} files in 100 directories, likewise", sizes.listed),
             Self::Untar => format!("`tar x` of {} files", sizes.source),
             Self::MemoryRest => "memory at rest".to_owned(),
             Self::MemoryLoad => "– at most, reading and writing the large file".to_owned(),
