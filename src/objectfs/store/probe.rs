@@ -92,7 +92,8 @@ async fn trials(s3: &S3, key: &str) -> StoreResult<Abilities> {
     }
     let refused = matches!((&compared, &part), (Ok(None), Ok(None)));
     s3.sources_compared.store(refused, Ordering::Relaxed);
-    (compared?, part?);
+    compared?;
+    part?;
     s3.delete(&copy, None).await?;
     let conditional_copy = try_copy(&copy, &Condition::Absent).await?.is_some()
         && try_copy(&copy, &Condition::Absent).await?.is_none()

@@ -14,11 +14,11 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use async_trait::async_trait;
 use aws_sdk_s3::Client;
+use aws_sdk_s3::config::RequestChecksumCalculation;
 use aws_sdk_s3::error::ProvideErrorMetadata;
 use aws_sdk_s3::primitives::{ByteStream, DateTime};
 use aws_sdk_s3::types::{
-    ChecksumAlgorithm, ChecksumMode, ChecksumType, CompletedMultipartUpload, CompletedPart, EncodingType,
-    MetadataDirective,
+    ChecksumAlgorithm, ChecksumMode, CompletedMultipartUpload, CompletedPart, EncodingType, MetadataDirective,
 };
 use aws_smithy_runtime_api::client::orchestrator::HttpRequest;
 use futures_util::StreamExt;
@@ -389,8 +389,11 @@ impl Store for S3 {
         let begun = self.asked(|| async {
             let call = self.client.create_multipart_upload().bucket(&self.bucket).key(key);
             let call = call.set_content_type(about.content_type.clone()).set_metadata(Some(headers(about)));
-            let call = call.set_checksum_algorithm(self.algorithm());
-            let call = call.set_checksum_type(self.checked.then_some(ChecksumType::FullObject));
+            // No checksum is declared for the whole, since MinIO then refuses parts that are copied; each part that is sent
+            // carries its own all the same.
+            let none =
+                aws_sdk_s3::Config::builder().request_checksum_calculation(RequestChecksumCalculation::WhenRequired);
+            let call = call.customize().config_override(none);
             call.send().await.map_err(|error| failed("begin to write", key, &error))
         });
         match begun.await?.upload_id {
@@ -411,7 +414,7 @@ impl Store for S3 {
                 .map_err(|error| local("write a part of", key, failed("write a part of", key, &error), &trouble))
         });
         let done = done.await?;
-        Ok(Part { number, etag: etag(done.e_tag), checksum: done.checksum_crc64_nvme })
+        Ok(Part { number, etag: etag(done.e_tag), checksum: None })
     }
 
     async fn copy_part(
@@ -436,7 +439,7 @@ impl Store for S3 {
             call.send().await.map_err(|error| failed("copy a part of", key, &error))
         });
         match copied.await?.copy_part_result {
-            Some(part) => Ok(Part { number, etag: etag(part.e_tag), checksum: part.checksum_crc64_nvme }),
+            Some(part) => Ok(Part { number, etag: etag(part.e_tag), checksum: None }),
             None => Err(failure("copy a part of", key, StoreErrorKind::Unavailable, "the service told no result")),
         }
     }
@@ -451,11 +454,9 @@ impl Store for S3 {
         let honoured = self.abilities.conditional_finish;
         self.look("finish", key, condition, honoured).await?;
         let (absent, is) = conditions(condition, honoured);
-        let pieces = parts.iter().map(|part| {
-            let sum = part.checksum.clone().filter(|_| self.checked);
-            let part = CompletedPart::builder().part_number(part.number.cast_signed()).e_tag(&part.etag.0);
-            part.set_checksum_crc64_nvme(sum).build()
-        });
+        let pieces = parts
+            .iter()
+            .map(|part| CompletedPart::builder().part_number(part.number.cast_signed()).e_tag(&part.etag.0).build());
         let list = CompletedMultipartUpload::builder().set_parts(Some(pieces.collect())).build();
         let done = self.asked(|| async {
             let call = self.client.complete_multipart_upload().bucket(&self.bucket).key(key).upload_id(&upload.0);

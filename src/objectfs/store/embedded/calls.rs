@@ -474,7 +474,7 @@ impl S3 for Calls {
             }
             Ok(())
         });
-        joined.await.map_err(|error| s3s::S3Error::internal_error(error))?.map_err(disk)?;
+        joined.await.map_err(s3s::S3Error::internal_error)?.map_err(disk)?;
         record.etag = format!("{}-{}", hex(&sum.finalize()), parts.len());
         record.body = name;
         record.modified = now();
