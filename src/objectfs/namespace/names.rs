@@ -166,7 +166,7 @@ impl Namespace {
             return Err(Errno::ISDIR);
         }
         let key = self.tree().key_of(parent, name).ok_or(Errno::STALE)?;
-        let in_bucket = !file.as_ref().is_some_and(|file| file.state().uncommitted);
+        let in_bucket = !file.as_ref().is_some_and(|file| file.state().is_nothing());
         if in_bucket {
             self.leave_marker(parent, name).await?;
         }

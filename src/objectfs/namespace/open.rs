@@ -40,6 +40,14 @@ pub(crate) struct State {
     pub(crate) queued: bool,
 }
 
+impl State {
+    /// Does the bucket have nothing at all under its key? A file that was renamed before its first commit may hide
+    /// what it is to replace.
+    pub(crate) fn is_nothing(&self) -> bool {
+        self.uncommitted && self.exclusive
+    }
+}
+
 impl File {
     /// With content of the bucket, or of its own.
     pub(crate) fn new(content: Content, uncommitted: bool) -> Self {

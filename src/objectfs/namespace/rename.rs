@@ -132,9 +132,13 @@ impl Namespace {
                     self.put_aside(target_file).await?;
                 }
                 self.renamed_over(to, target, target_file).await;
-                if there {
-                    file.state().exclusive = false;
+                if !file.state().is_nothing() {
+                    // What it was to replace under its old name goes all the same.
+                    let from_key = self.tree().key(ino).ok_or(Errno::STALE)?;
+                    self.leave_marker(from.0, from.1).await?;
+                    self.store.delete(&from_key, None).await.map_err(|error| refused(&error))?;
                 }
+                file.state().exclusive = !there;
                 self.renamed(from, to);
                 return self.remember(ino, file).await;
             }
