@@ -460,7 +460,8 @@ fn mounts_outlive_their_driver() {
     for (file, text) in [("access", &service.access), ("secret", &service.secret)] {
         std::fs::write(lab.path(file), text).unwrap();
     }
-    let path = |name: &str| lab.path(name).display().to_string();
+    let folder = lab.path("");
+    let path = |name: &str| folder.join(name).display().to_string();
     lab.config.services = Some(format!(
         "services:\n  - {{name: main, kind: minio, url: '{}', buckets: [{}], accessKeyFile: {}, secretKeyFile: {}}}",
         service.url,

@@ -2,6 +2,7 @@
 
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use clap::Args;
@@ -10,15 +11,20 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use super::report::Report;
-use super::steps::{FILE, create, grow, mount, read, write};
+use super::steps::{FILE, create, mount, read, write};
 use super::work::{State, Work, beside};
 use crate::cli::client::{Client, Origin};
 use crate::cli::kubelet::Kubelet;
 use crate::config::aws::Aws;
+use crate::host::files;
 use crate::objectfs::settings::{Checksums, Credentials, Endpoint};
 use crate::objectfs::store::embedded::{self, Handle};
 use crate::objectfs::store::services::{PATIENCE, STALL};
 use crate::objectfs::store::{self, Store};
+use crate::volume::format_bytes;
+
+/// A mount knows of a new limit by then.
+const GROWN_LIMIT: Duration = Duration::from_secs(60);
 
 /// Where object storage is.
 #[derive(Debug, Args)]
@@ -173,6 +179,23 @@ pub(super) async fn run(report: &mut Report, state: &State, work: &Work, size: u
         .await?;
     report.step("read it through the mount", read(&path, &stop, &written)).await?;
     report.step("grow it while mounted", grow(&kubelet, &id, &path, size.saturating_mul(2))).await
+}
+
+/// A mount looks for a new limit every few seconds.
+async fn grow(kubelet: &Kubelet<'_>, id: &str, path: &Path, size: u64) -> Result<((), String)> {
+    let before = files::space(path)?.total;
+    kubelet.grow(id, path, size).await?;
+    let end = Instant::now() + GROWN_LIMIT;
+    loop {
+        let after = files::space(path)?.total;
+        if after > before {
+            return Ok(((), format!("df says {}, was {}", format_bytes(after), format_bytes(before))));
+        }
+        if Instant::now() > end {
+            bail!("{} has {} as before", path.display(), format_bytes(after));
+        }
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
 }
 
 /// Asks the service itself, past the mount.

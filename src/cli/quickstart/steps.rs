@@ -103,7 +103,7 @@ async fn through(
     tokio::task::spawn_blocking(move || pass(&file, &stop)).await.context("cannot go on")?
 }
 
-pub(super) async fn grow(kubelet: &Kubelet<'_>, id: &str, path: &Path, size: u64) -> Result<((), String)> {
+async fn grow(kubelet: &Kubelet<'_>, id: &str, path: &Path, size: u64) -> Result<((), String)> {
     let before = files::space(path)?.total;
     kubelet.grow(id, path, size).await?;
     let after = files::space(path)?.total;
