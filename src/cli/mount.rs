@@ -105,15 +105,6 @@ pub struct MountArguments {
     /// The bucket (or the prefix) may grow to this size; then programs get ENOSPC.
     #[arg(long, value_name = "SIZE", value_parser = parse_bytes)]
     pub limit: Option<u64>,
-    /// Names and attributes that others may change are looked at again when they are older than this, in milliseconds.
-    #[arg(long, value_name = "MS", default_value_t = MAX_AGE)]
-    pub max_age: u64,
-    /// A call is tried again for so long while the service is away, in milliseconds; then programs get EIO.
-    #[arg(long, value_name = "MS", default_value_t = PATIENCE)]
-    pub patience: u64,
-    /// One attempt without progress is given up, and made again, after so long, in milliseconds.
-    #[arg(long, value_name = "MS", default_value_t = STALL)]
-    pub stall: u64,
     /// Serve it in this process, until it is unmounted or interrupted.
     #[arg(long)]
     pub foreground: bool,
