@@ -337,7 +337,8 @@ fn one_node_alone_creates_exclusively(tree: &Tree) {
 /// > A read-only mount sees what others write.
 fn read_only_mounts_see_what_is_written(tree: &Tree) {
     let a = node(tree, "a");
-    let b = tree.mount_with(&Options { node: "b".to_owned(), read_only: true, max_age: Some(300), ..Options::default() });
+    let b =
+        tree.mount_with(&Options { node: "b".to_owned(), read_only: true, max_age: Some(300), ..Options::default() });
     for round in 0..3 {
         fs::write(a.at(format!("f{round}")), format!("{round}")).unwrap();
         fs::write(a.at("same"), format!("{round}")).unwrap();

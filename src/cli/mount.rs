@@ -27,8 +27,6 @@ const DEADLINE: Duration = Duration::from_secs(120);
 const PATIENCE: u64 = 300_000;
 /// One attempt without progress is given up after so long, in milliseconds.
 const STALL: u64 = 20_000;
-/// Names and attributes that others may change are looked at again after so long, in milliseconds.
-const MAX_AGE: u64 = 1000;
 
 /// What to mount, and where.
 #[derive(Debug, Args)]
