@@ -153,6 +153,8 @@ macro_rules! needs_minio {
     };
 }
 
+/// > A volume is a bucket of its own, or a prefix in a bucket. The same request again finds it, one with another size
+/// > is a conflict; deleting it leaves nothing, and deleting it again is no error.
 #[tokio::test(flavor = "multi_thread")]
 async fn volumes_are_made_found_listed_grown_and_deleted() {
     needs_minio!();
@@ -183,6 +185,7 @@ async fn volumes_are_made_found_listed_grown_and_deleted() {
     assert_eq!(keys(&data).await, [""; 0]);
 }
 
+/// > Deleting a volume removes what lies in its prefix, and nothing beside it, however alike the names are.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_deletion_leaves_neighbours_and_foreign_objects_alone() {
     needs_minio!();
@@ -198,6 +201,8 @@ async fn a_deletion_leaves_neighbours_and_foreign_objects_alone() {
     assert_eq!(client.list().await, [old]);
 }
 
+/// > A new volume is refused where objects lie already, and at or in another volume's prefix. With `onDelete: retain`
+/// > the files stay, and only the notes of the volume go.
 #[tokio::test(flavor = "multi_thread")]
 async fn nothing_is_shared_silently_and_retained_files_stay() {
     needs_minio!();
@@ -221,6 +226,7 @@ async fn nothing_is_shared_silently_and_retained_files_stay() {
     refused(client.try_create(request("none", &[("bucket", "no-such-bucket")])).await, Code::FailedPrecondition);
 }
 
+/// > A deletion that is killed midway is finished by the next one.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_deletion_that_is_killed_goes_on_when_it_is_asked_again() {
     needs_minio!();
@@ -257,6 +263,7 @@ async fn a_deletion_that_is_killed_goes_on_when_it_is_asked_again() {
     assert_eq!(keys(&data).await, ["bigger/file"]);
 }
 
+/// > A creation that is killed midway is finished by the next, and nothing is left when the volume is deleted.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_create_that_is_killed_is_found_by_the_next() {
     needs_minio!();
@@ -280,6 +287,7 @@ async fn a_create_that_is_killed_is_found_by_the_next() {
     }
 }
 
+/// > No key is in a log, a volume's attributes, an error or an argument, whether it is right or wrong.
 #[tokio::test(flavor = "multi_thread")]
 async fn secrets_are_in_no_log_context_or_command_line() {
     needs_minio!();
@@ -299,6 +307,8 @@ async fn secrets_are_in_no_log_context_or_command_line() {
     }
 }
 
+/// > A class may name an endpoint that is in no configuration; its volumes are found, grown and deleted by their id
+/// > alone.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_class_may_say_itself_where_its_service_is() {
     needs_minio!();
@@ -335,6 +345,8 @@ macro_rules! needs_fuse {
     };
 }
 
+/// > A volume goes on being read and written while its driver is away; the driver that comes back finds it staged and
+/// > published, and takes it down as usual.
 #[tokio::test(flavor = "multi_thread")]
 async fn what_is_written_on_a_mount_is_in_the_bucket_and_the_driver_may_be_killed_meanwhile() {
     needs_minio!();
@@ -370,6 +382,8 @@ async fn what_is_written_on_a_mount_is_in_the_bucket_and_the_driver_may_be_kille
     assert_eq!(keys(&data).await, [""; 0]);
 }
 
+/// > A claim's size is the volume's: beyond it is ENOSPC, and when the claim has grown, a mount that is there learns
+/// > of it by itself.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_volume_is_as_large_as_its_claim_until_that_grows() {
     needs_minio!();
