@@ -19,7 +19,9 @@ use hyper::Method;
 fn behind_a_proxy() -> Option<(Tree, Faulty, Options)> {
     let tree = Tree::new(Service::Minio)?;
     let proxy = Faulty::start(tree.endpoint.as_ref().unwrap());
-    let options = Options { url: Some(proxy.url.clone()), max_age: Some(100), ..Options::default() };
+    // Bounded: what hangs is to fail.
+    let options =
+        Options { url: Some(proxy.url.clone()), max_age: Some(100), patience: Some(60_000), ..Options::default() };
     Some((tree, proxy, options))
 }
 
