@@ -319,6 +319,7 @@ fn write_back_closes_before_and_syncs_after() {
         sync.join().unwrap();
         assert_eq!(tree.raw().get(&tree.key("synced")).unwrap(), b"synced");
     });
+    drop(synced);
     // By itself, or at the latest when it is unmounted.
     mount.unmount();
     same(&tree.raw().get(&tree.key("closed")).unwrap(), &bytes);
