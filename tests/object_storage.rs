@@ -167,7 +167,7 @@ async fn volumes_are_made_found_listed_grown_and_deleted() {
             (&made.volume_id, made.capacity_bytes, &made.volume_context),
             (&again.volume_id, GI, &again.volume_context)
         );
-        assert_eq!(client.list().await, [made.volume_id.clone()]);
+        assert_eq!(client.list().await, std::slice::from_ref(&made.volume_id));
         let mut larger = wanted.clone();
         larger.capacity_range = Some(csi::CapacityRange { required_bytes: 2 * GI, limit_bytes: 0 });
         refused(client.try_create(larger).await, Code::AlreadyExists);

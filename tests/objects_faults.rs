@@ -19,7 +19,9 @@ use hyper::Method;
 fn behind_a_proxy() -> Option<(Tree, Faulty, Options)> {
     let tree = Tree::new(Service::Minio)?;
     let proxy = Faulty::start(tree.endpoint.as_ref().unwrap());
-    let options = Options { url: Some(proxy.url.clone()), max_age: Some(100), ..Options::default() };
+    // Bounded: what hangs is to fail.
+    let options =
+        Options { url: Some(proxy.url.clone()), max_age: Some(100), patience: Some(60_000), ..Options::default() };
     Some((tree, proxy, options))
 }
 
@@ -317,6 +319,7 @@ fn write_back_closes_before_and_syncs_after() {
         sync.join().unwrap();
         assert_eq!(tree.raw().get(&tree.key("synced")).unwrap(), b"synced");
     });
+    drop(synced);
     // By itself, or at the latest when it is unmounted.
     mount.unmount();
     same(&tree.raw().get(&tree.key("closed")).unwrap(), &bytes);

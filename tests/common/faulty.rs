@@ -173,6 +173,8 @@ async fn answer(shared: Arc<Shared>, request: Request<Incoming>) -> Result<Respo
         *count += 1;
         *count - 1
     };
+    // Before the rule is read: a release in between is not to be missed.
+    let mut released = shared.released.subscribe();
     let rule = shared.rule.lock().unwrap().clone();
     let (path, query) = (parts.uri.path(), parts.uri.query().unwrap_or_default());
     let fault = rule(&Asked { method: &parts.method, path, query, before, length: sent.len() });
@@ -186,7 +188,6 @@ async fn answer(shared: Arc<Shared>, request: Request<Incoming>) -> Result<Respo
             return Ok(Response::builder().status(status).body(whole(text.into())).unwrap());
         }
         Fault::Hold => {
-            let mut released = shared.released.subscribe();
             let _ = released.changed().await;
         }
         Fault::CorruptRequest if !sent.is_empty() => sent = corrupted(&sent),

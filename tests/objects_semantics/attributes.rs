@@ -45,7 +45,7 @@ fn modes_and_owners_are_kept(tree: &Tree) {
     std::os::unix::fs::lchown(mount.at("l"), Some(7), Some(8)).unwrap();
     fs::write(mount.at("g"), "").unwrap();
     std::os::unix::fs::chown(mount.at("g"), Some(4_000_000_000), Some(9)).unwrap();
-    fs::set_permissions(mount.at("g"), fs::Permissions::from_mode(0)).unwrap();
+    fs::set_permissions(mount.at("g"), fs::Permissions::from_mode(0o0)).unwrap();
     fs::write(mount.at("g"), "root may").unwrap();
     fs::rename(mount.at("g"), mount.at("h")).unwrap();
     for place in [&mount, &tree.elsewhere()] {

@@ -133,7 +133,7 @@ fn holes_read_as_zeros(tree: &Tree) {
         use rustix::fs::{SeekFrom, seek};
         assert_eq!(seek(handle, SeekFrom::Data(0)).unwrap(), 0);
         let hole = seek(handle, SeekFrom::Hole(0)).unwrap();
-        assert!(hole >= 4 && hole <= (20 << 20) + 4, "{hole}");
+        assert!((4..=(20 << 20) + 4).contains(&hole), "{hole}");
         let data = seek(handle, SeekFrom::Data(hole));
         // A file without holes has one at its end, where there is no data.
         assert!(data.is_err() || (hole..=20 << 20).contains(&data.unwrap()), "{data:?}");

@@ -142,7 +142,16 @@ impl Metric {
 
     /// Does what a peer promises about close matter?
     fn writes(self) -> bool {
-        matches!(self, Self::Write | Self::WriteOver | Self::Create | Self::Append | Self::Patch | Self::Untar)
+        matches!(
+            self,
+            Self::Write
+                | Self::WriteOver
+                | Self::Create
+                | Self::CreateReturned
+                | Self::Append
+                | Self::Patch
+                | Self::Untar
+        )
     }
 
     fn target(self) -> Target {

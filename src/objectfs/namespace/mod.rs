@@ -153,8 +153,9 @@ impl Namespace {
 
     /// Can a key's part be shown as a name?
     fn is_name(&self, parent: Ino, name: &str) -> bool {
-        let odd = name.is_empty() || name == "." || name == ".." || name.len() > NAME_MAX;
-        !odd && !name.contains(['/', '\0']) && !(parent == ROOT && self.is_hidden(name))
+        let odd = name.is_empty() || name == "." || name == ".." || name.len() > NAME_MAX || name.contains(['/', '\0']);
+        let hidden = parent == ROOT && self.is_hidden(name);
+        !odd && !hidden
     }
 
     /// The key of a directory's marker.

@@ -125,23 +125,22 @@ impl Namespace {
             let target = tree.live(to.0, to.1);
             (target, target.and_then(|target| tree.node(target)?.file.clone()))
         };
-        if let Some(file) = file.as_ref().filter(|file| file.is_ours()) {
-            if file.state().uncommitted {
-                // The bucket has never had it: its commit makes it under the new name.
-                if let Some(target_file) = &target_file {
-                    self.put_aside(target_file).await?;
-                }
-                self.renamed_over(to, target, target_file).await;
-                if !file.state().is_nothing() {
-                    // What it was to replace under its old name goes all the same.
-                    let from_key = self.tree().key(ino).ok_or(Errno::STALE)?;
-                    self.leave_marker(from.0, from.1).await?;
-                    self.store.delete(&from_key, None).await.map_err(|error| refused(&error))?;
-                }
-                file.state().exclusive = !there;
-                self.renamed(from, to);
-                return self.remember(ino, file).await;
+        let uncommitted = file.as_ref().filter(|file| file.is_ours() && file.state().uncommitted);
+        if let Some(file) = uncommitted {
+            // The bucket has never had it: its commit makes it under the new name.
+            if let Some(target_file) = &target_file {
+                self.put_aside(target_file).await?;
             }
+            self.renamed_over(to, target, target_file).await;
+            if !file.state().is_nothing() {
+                // What it was to replace under its old name goes all the same.
+                let from_key = self.tree().key(ino).ok_or(Errno::STALE)?;
+                self.leave_marker(from.0, from.1).await?;
+                self.store.delete(&from_key, None).await.map_err(|error| refused(&error))?;
+            }
+            file.state().exclusive = !there;
+            self.renamed(from, to);
+            return self.remember(ino, file).await;
         }
         let (from_key, to_key) = {
             let tree = self.tree();

@@ -66,12 +66,15 @@ struct Key {
     bucket: String,
 }
 
+/// A connection, what it was made with, and when.
+type Kept = (Key, Instant, Arc<dyn Place>);
+
 /// The way to all buckets.
 pub struct Buckets {
     runtime: Handle,
     connect: Arc<dyn Connect>,
     deadline: Duration,
-    kept: Mutex<Vec<(Key, Instant, Arc<dyn Place>)>>,
+    kept: Mutex<Vec<Kept>>,
 }
 
 impl Buckets {
