@@ -96,6 +96,8 @@ impl Namespace {
         let changed = tree.tick();
         let Some(node) = tree.node_mut(ino) else { return };
         node.paged = Some(version.etag.clone());
+        // It was written through the kernel.
+        node.told = Some(version.size);
         node.facts.stored = Some(Stored::written(version.etag, version.size));
         node.facts.learned = SystemTime::now();
         node.facts.seen = Instant::now();

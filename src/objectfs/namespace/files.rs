@@ -23,6 +23,8 @@ const FIRST_WHOLE: u64 = 1 << 20;
 const FIRST_PIECE: u64 = 128 << 10;
 /// An open that follows the lookup of the same thread so closely is part of the same call.
 const SAME_CALL: Duration = Duration::from_millis(2);
+/// An open that was refused comes again within this time.
+const AGAIN: Duration = Duration::from_secs(1);
 
 const S_ISGID: u32 = 0o2000;
 
@@ -67,7 +69,7 @@ impl Namespace {
             }
             let ino = self.tree().attach(parent, name).ok_or(Errno::STALE)?;
             drop(held);
-            return Ok((ino, self.open(who, ino, flags).await?));
+            return Ok((ino, self.open_again(who, ino, flags).await?));
         }
         let attributes = self.inherit(parent, who, S_IFREG | mode & 0o7777, 0)?;
         let key = self.tree().key_of(parent, name).ok_or(Errno::STALE)?;
@@ -131,7 +133,37 @@ impl Namespace {
     }
 
     /// Opens a file: looks at it in the bucket, unless what is here is newer.
+    ///
+    /// # Errors
+    /// `STALE` when the kernel has been told another size: it then looks the name up again, which tells it, and opens
+    /// once more (path_openat with LOOKUP_REVAL). Nothing else makes it forget a size before the open has returned.
     pub(crate) async fn open(self: &Arc<Self>, who: Caller, ino: Ino, flags: u32) -> Answer<OpenFile> {
+        let opened = self.open_again(who, ino, flags).await?;
+        // The kernel itself sets the size of what it opens to truncate.
+        if flags & O_TRUNC != 0 || self.is_told(ino, who) {
+            return Ok(opened);
+        }
+        self.close(ino, &opened.file).await;
+        Err(Errno::STALE)
+    }
+
+    /// Does the kernel know the size, or has it been sent to look once?
+    fn is_told(&self, ino: Ino, who: Caller) -> bool {
+        let mut tree = self.tree();
+        let Some(node) = tree.node_mut(ino) else { return true };
+        let ours = node.place.is_none() || node.file.as_ref().is_some_and(|file| file.is_ours());
+        let once = node.refused.take().is_some_and(|at| at.elapsed() < AGAIN);
+        if ours || once || node.told == Some(node.facts.size()) {
+            return true;
+        }
+        let now = Instant::now();
+        node.refused = Some(now);
+        node.looked = Some((who.pid, now));
+        false
+    }
+
+    /// The same for who is told the size with the answer.
+    pub(crate) async fn open_again(self: &Arc<Self>, who: Caller, ino: Ino, flags: u32) -> Answer<OpenFile> {
         if flags & O_ACCMODE != 0 || flags & O_TRUNC != 0 {
             self.writable()?;
         }

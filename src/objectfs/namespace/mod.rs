@@ -197,7 +197,11 @@ impl Namespace {
 
     /// What stat shows of a node.
     pub(crate) fn attr(&self, ino: Ino) -> Answer<Attr> {
-        self.tree().node(ino).map(|node| shown(ino, node)).ok_or(Errno::STALE)
+        let mut tree = self.tree();
+        let node = tree.node_mut(ino).ok_or(Errno::STALE)?;
+        let attr = shown(ino, node);
+        node.told = Some(attr.size);
+        Ok(attr)
     }
 
     /// A node as the kernel is told of it. `count`: as one more reference.
@@ -206,7 +210,11 @@ impl Namespace {
         let node = tree.node_mut(ino).ok_or(Errno::STALE)?;
         node.lookups += u64::from(count);
         let ttl = self.ttl(node);
-        Ok(Entry { attr: shown(ino, node), attr_ttl: ttl, name_ttl: ttl })
+        let attr = shown(ino, node);
+        if count {
+            node.told = Some(attr.size);
+        }
+        Ok(Entry { attr, attr_ttl: ttl, name_ttl: ttl })
     }
 
     /// Could there be something of that name? Without asking.

@@ -75,6 +75,10 @@ pub(crate) struct Node {
     pub(crate) file: Option<Arc<File>>,
     /// The version whose pages the kernel may have.
     pub(crate) paged: Option<Etag>,
+    /// The size that the kernel was told last. It places appends by that, and reads no further.
+    pub(crate) told: Option<u64>,
+    /// An open was refused because of an old [`Self::told`], and comes again.
+    pub(crate) refused: Option<Instant>,
     /// Last read, where a program has set it. Kept nowhere else.
     pub(crate) atime: Option<SystemTime>,
     /// The lookup that looked at it last in the bucket: by which thread, answered when.
@@ -86,8 +90,22 @@ pub(crate) struct Node {
 impl Node {
     fn new(place: Option<(Ino, Arc<str>)>, facts: Facts) -> Self {
         let directory = facts.directory.then(Box::default);
-        let (file, paged, atime, looked, target) = (None, None, None, None, None);
-        Self { place, facts, lookups: 0, pins: 0, directory, file, paged, atime, looked, target }
+        let (file, paged, told, refused, atime, looked, target) = (None, None, None, None, None, None, None);
+        Self { place, facts, lookups: 0, pins: 0, directory, file, paged, told, refused, atime, looked, target }
+    }
+}
+
+impl Node {
+    /// Does an answer show another version than the one that handles are open on? They never read a mixture, nor write
+    /// over it: the inode loses its name, which is somebody else's file from now on.
+    fn replaced_while_open(&self, seen: &Seen) -> bool {
+        let (Some(file), Seen::Object(now), Some(before)) = (&self.file, seen, &self.facts.stored) else {
+            return false;
+        };
+        let mut state = file.state();
+        let replaced = state.opens > 0 && now.etag != before.etag;
+        state.stale |= replaced;
+        replaced
     }
 }
 
@@ -288,7 +306,8 @@ impl Tree {
                 // A directory with something of ours in it exists, whatever a listing says.
                 let held = matches!(seen, Seen::Absent) && node.directory.is_some() && self.has_ours(ino);
                 let Some(node) = self.nodes.get_mut(&ino) else { return Learned::Same };
-                if held || node.facts.update(seen.clone(), ask, &plain) {
+                let replaced = node.replaced_while_open(&seen);
+                if held || !replaced && node.facts.update(seen.clone(), ask, &plain) {
                     let after = node.facts.stored.as_ref().map(|stored| &stored.etag);
                     return if before.as_ref() == after { Learned::Same } else { Learned::Changed };
                 }

@@ -63,7 +63,7 @@ impl ObjectFs {
                 self.handles.add_directory(Some(row.handle), row.ino);
                 continue;
             }
-            match self.names.open(Caller::default(), row.ino, row.flags & !O_TRUNC).await {
+            match self.names.open_again(Caller::default(), row.ino, row.flags & !O_TRUNC).await {
                 Ok(opened) => {
                     self.hold(Some(row.handle), row.ino, row.flags, opened.file);
                 }

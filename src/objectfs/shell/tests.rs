@@ -134,11 +134,22 @@ impl Mount {
             return Err(Errno::EXIST);
         }
         if entry.attr.ino != 0 {
-            let opened = self.fs.open(WHO, entry.attr.ino, O_RDWR | flags).await?;
-            return Ok((entry.attr.ino, opened.handle));
+            return self.open_there(path, O_RDWR | flags).await;
         }
         let (entry, opened) = self.fs.create(WHO, parent, name, 0o666, 0o022, O_RDWR | flags).await?;
         Ok((entry.attr.ino, opened.handle))
+    }
+
+    /// open(path, flags) of what is there: as the kernel does, looks again and tries once more after ESTALE.
+    pub(super) async fn open_there(&self, path: &str, flags: u32) -> Answer<(Ino, Handle)> {
+        let ino = self.look(path).await?.ino;
+        match self.fs.open(WHO, ino, flags).await {
+            Err(Errno::STALE) => {
+                let ino = self.look(path).await?.ino;
+                Ok((ino, self.fs.open(WHO, ino, flags).await?.handle))
+            }
+            opened => Ok((ino, opened?.handle)),
+        }
     }
 
     pub(super) async fn put(&self, (ino, handle): (Ino, Handle), offset: u64, bytes: &[u8]) -> Answer<()> {
@@ -172,10 +183,9 @@ impl Mount {
 
     /// `cat path`
     pub(super) async fn load(&self, path: &str) -> Answer<Vec<u8>> {
-        let ino = self.look(path).await?.ino;
-        let opened = self.fs.open(WHO, ino, 0).await?;
-        let read = self.contents((ino, opened.handle)).await;
-        self.close((ino, opened.handle)).await?;
+        let open = self.open_there(path, 0).await?;
+        let read = self.contents(open).await;
+        self.close(open).await?;
         read
     }
 

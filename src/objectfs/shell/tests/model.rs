@@ -162,8 +162,7 @@ async fn shown(mount: &Mount, plus: bool) -> BTreeMap<String, Thing> {
 }
 
 async fn write_at(mount: &Mount, path: &str, at: u64, text: &[u8]) -> Answer<()> {
-    let ino = mount.look(path).await?.ino;
-    let open = (ino, mount.fs.open(WHO, ino, O_RDWR).await?.handle);
+    let open = mount.open_there(path, O_RDWR).await?;
     let written = mount.put(open, at, text).await;
     mount.close(open).await.and(written)
 }
