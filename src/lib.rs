@@ -34,5 +34,6 @@ pub mod proto;
 pub mod rpc;
 pub mod secrets;
 pub mod server;
+mod socket;
 pub mod telemetry;
 pub mod volume;

@@ -109,7 +109,10 @@ fn dependencies_point_one_way() {
             &["crate::mounter", "crate::backend", "crate::rpc", "crate::server", "crate::cli", "crate::config"],
         ),
         ("objectfs/content/", &["namespace", "shell", "crate::fuse"]),
-        ("objectfs/store/", &["content", "namespace", "shell", "usage", "crate::fuse"]),
+        (
+            "objectfs/store/",
+            &["super::content", "objectfs::content", "namespace", "shell", "super::usage", "crate::fuse"],
+        ),
         ("mounter/", &["crate::backend", "crate::rpc", "crate::server", "crate::cli", "crate::config"]),
         ("backend/", &["crate::rpc", "crate::server", "crate::cli", "crate::proto", "tokio"]),
         ("rpc/", &["backend::nvme", "backend::cephfs", "backend::s3", "crate::server", "crate::cli"]),
@@ -129,7 +132,7 @@ fn dependencies_point_one_way() {
 
 #[test]
 fn there_is_no_global_state_and_no_setting_read_elsewhere() {
-    assert_eq!(offenders(&["static mut", "lazy_static", "OnceLock", "LazyLock", "thread_local!"], &[]), NONE);
+    assert_eq!(offenders(&["static mut", "lazy_static", "= OnceLock::new", "LazyLock", "thread_local!"], &[]), NONE);
     assert_eq!(offenders(&["env::var(", "env::vars("], &["config/"]), NONE);
 }
 

@@ -14,7 +14,7 @@ use super::protocol::{Connection, Failure, Frame, Reply, Request};
 use crate::error::{Context, Error, Result};
 use crate::host::files::FileLock;
 use crate::objectfs::content;
-use crate::server::socket::{self, Directory};
+use crate::socket::{self, Directory};
 
 /// Locked by a running mounter, whose process id is in it.
 pub(super) const LOCK: &str = "mounter.lock";

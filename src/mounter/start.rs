@@ -12,7 +12,7 @@ use crate::error::{Context, Error, ErrorKind, Result};
 use crate::host::files::FileLock;
 use crate::host::workers::Process;
 use crate::host::{command, workers};
-use crate::server::socket;
+use crate::socket;
 
 /// Where a mounter listens that nobody has configured.
 pub const SOCKET: &str = "/run/berth/mounter.sock";

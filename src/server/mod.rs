@@ -5,7 +5,6 @@
 mod authority;
 mod http;
 mod registration;
-pub(crate) mod socket;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -22,6 +21,7 @@ use crate::proto::csi::controller_server::ControllerServer;
 use crate::proto::csi::identity_server::IdentityServer;
 use crate::proto::csi::node_server::NodeServer;
 use crate::rpc::Front;
+use crate::socket;
 use crate::telemetry::Metrics;
 use registration::Registration;
 

@@ -14,11 +14,12 @@ use tokio_stream::wrappers::UnixListenerStream;
 use tonic::transport::Server;
 use tonic::{Request, Response, Status};
 
-use super::{authority, socket, wait};
+use super::{authority, wait};
 use crate::config::Kubelet;
 use crate::error::{Error, ErrorKind, Result};
 use crate::proto::registration::registration_server::{Registration as Protocol, RegistrationServer};
 use crate::proto::registration::{InfoRequest, PluginInfo, RegistrationStatus, RegistrationStatusResponse};
+use crate::socket;
 
 /// Between a refusal and the next try.
 const PAUSE: Duration = Duration::from_secs(5);

@@ -9,7 +9,7 @@ use std::os::unix::fs::{FileExt, MetadataExt, symlink};
 use rustix::fs::{CWD, RenameFlags, renameat_with};
 
 use crate::common::files::{fails, names, noise, same};
-use crate::common::mount::Tree;
+use crate::common::mount::{Service, Tree};
 
 crate::on_services!(
     and_plain: [
@@ -299,7 +299,7 @@ fn hard_links_are_refused(tree: &Tree) {
     assert_eq!(fs::metadata(mount.at("f")).unwrap().nlink(), 1);
 }
 
-/// > A name that is not UTF-8 is EILSEQ, and one whose key would pass 1,024 bytes is ENAMETOOLONG.
+/// > A name that is not UTF-8 is EILSEQ, and one whose key would pass 1,023 bytes is ENAMETOOLONG.
 fn names_that_are_not_utf8_and_long_paths_are_refused(tree: &Tree) {
     let mount = tree.mount();
     let odd = mount.at(OsStr::from_bytes(b"\xffodd"));
@@ -308,18 +308,19 @@ fn names_that_are_not_utf8_and_long_paths_are_refused(tree: &Tree) {
     fails(symlink("x", &odd), libc::EILSEQ);
     let mut path = mount.path.clone();
     let mut key = tree.prefix.len();
-    while key + 251 <= 1024 {
-        path.push("p".repeat(250));
-        key += 251;
+    // MinIO has its own limit for names of directories: 246 bytes.
+    while key + 241 <= 1023 {
+        path.push("p".repeat(240));
+        key += 241;
         fs::create_dir(&path).unwrap();
     }
-    let fits = 1024 - key;
+    let fits = 1023 - key;
     if fits > 0 {
         fs::write(path.join("f".repeat(fits)), "fits").unwrap();
         assert_eq!(fs::read(path.join("f".repeat(fits))).unwrap(), b"fits");
     }
     fails(fs::write(path.join("f".repeat(fits + 1)), "x"), libc::ENAMETOOLONG);
-    fails(fs::create_dir(path.join("f".repeat(fits.max(1)))), libc::ENAMETOOLONG);
+    fails(fs::create_dir(path.join("f".repeat(fits + 1))), libc::ENAMETOOLONG);
     // A short name in a directory that would get too long by being renamed.
     fs::create_dir_all(mount.at("short/sub")).unwrap();
     fs::write(mount.at("short/sub").join("n".repeat(200)), "kept").unwrap();
@@ -336,8 +337,10 @@ fn keys_that_cannot_be_paths_are_not_shown(tree: &Tree) {
     let put = odd.iter().filter(|key| raw.try_put(&tree.key(key), b"odd", &[]).is_ok()).count();
     raw.put(&tree.key("a/good"), b"good", &[]);
     raw.put(&tree.key("plain"), b"plain", &[]);
-    let both =
-        raw.try_put(&tree.key("both"), b"file", &[]).is_ok() && raw.try_put(&tree.key("both/f"), b"f", &[]).is_ok();
+    // MinIO lists nothing below a key that is an object.
+    let both = tree.service != Service::Minio
+        && raw.try_put(&tree.key("both"), b"file", &[]).is_ok()
+        && raw.try_put(&tree.key("both/f"), b"f", &[]).is_ok();
     let mount = tree.mount();
     let shown = names(&mount.path);
     assert!(shown.iter().all(|name| ["a", "plain", "both", "dir"].contains(&name.as_str())), "{shown:?} of {put}");

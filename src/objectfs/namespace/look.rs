@@ -105,7 +105,7 @@ impl Namespace {
                 self.learn(parent, name, ask, Seen::Directory(Some(stored)));
             }
             Plan::Directory => {
-                let (head, below) = tokio::try_join!(self.head(&marker), self.has_keys(&marker))?;
+                let (head, below) = tokio::try_join!(self.head_marker(&marker), self.has_keys(&marker))?;
                 if head.is_some() || below {
                     let stored = head.map(|head| self.stored(&head, true));
                     self.learn(parent, name, ask, Seen::Directory(Some(stored)));
@@ -131,10 +131,10 @@ impl Namespace {
                 }
                 return Ok(());
             }
-            let (below, head) = tokio::try_join!(self.has_keys(&marker), self.head(&marker))?;
+            let (below, head) = tokio::try_join!(self.has_keys(&marker), self.head_marker(&marker))?;
             (object, below, head)
         } else {
-            tokio::try_join!(self.head(key), self.has_keys(&marker), self.head(&marker))?
+            tokio::try_join!(self.head(key), self.has_keys(&marker), self.head_marker(&marker))?
         };
         let seen = match (below || head.is_some(), object) {
             (true, _) => Seen::Directory(Some(head.map(|head| self.stored(&head, true)))),
@@ -150,6 +150,16 @@ impl Namespace {
         match self.store.head(key).await {
             Ok(head) => Ok(Some(head)),
             Err(error) if error.kind == StoreErrorKind::NotFound => Ok(None),
+            Err(error) => Err(refused(&error)),
+        }
+    }
+
+    /// The same for a marker beside a listing, which tells what is wrong with the credentials: a key that the service
+    /// refuses (MinIO: longer than 246 bytes) is not there.
+    async fn head_marker(&self, marker: &str) -> Answer<Option<Head>> {
+        match self.store.head(marker).await {
+            Ok(head) => Ok(Some(head)),
+            Err(error) if matches!(error.kind, StoreErrorKind::NotFound | StoreErrorKind::Invalid) => Ok(None),
             Err(error) => Err(refused(&error)),
         }
     }
