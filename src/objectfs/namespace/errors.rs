@@ -10,7 +10,7 @@ pub(crate) fn store_errno(error: &StoreError) -> Errno {
     match error.kind {
         StoreErrorKind::NotFound => Errno::NOENT,
         StoreErrorKind::Conflict => Errno::STALE,
-        StoreErrorKind::NoBucket => Errno::NXIO,
+        StoreErrorKind::NoBucket => Errno::IO,
         StoreErrorKind::Denied => Errno::ACCESS,
         StoreErrorKind::Invalid => Errno::INVAL,
         StoreErrorKind::Unsupported => Errno::OPNOTSUPP,
@@ -50,7 +50,7 @@ mod tests {
     fn each_refusal_has_its_errno() {
         for (kind, errno) in [
             (StoreErrorKind::NotFound, Errno::NOENT),
-            (StoreErrorKind::NoBucket, Errno::NXIO),
+            (StoreErrorKind::NoBucket, Errno::IO),
             (StoreErrorKind::Conflict, Errno::STALE),
             (StoreErrorKind::Denied, Errno::ACCESS),
             (StoreErrorKind::Invalid, Errno::INVAL),

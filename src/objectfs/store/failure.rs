@@ -60,6 +60,8 @@ pub(super) fn kind_of(status: u16, code: &str) -> StoreErrorKind {
         | "Throttling"
         | "TooManyRequests"
         | "Busy" => StoreErrorKind::Unavailable,
+        // With status 400.
+        "ExpiredToken" | "TokenRefreshRequired" | "InvalidToken" => StoreErrorKind::Denied,
         "NotImplemented" | "MethodNotAllowed" => StoreErrorKind::Unsupported,
         // MinIO's, with status 507: waiting makes no room.
         "XMinioStorageFull" => StoreErrorKind::Invalid,
@@ -137,6 +139,7 @@ mod tests {
             (409, "OperationAborted", Unavailable),
             (403, "AccessDenied", Denied),
             (403, "ExpiredToken", Denied),
+            (400, "ExpiredToken", Denied),
             (400, "InvalidArgument", Invalid),
             (400, "EntityTooSmall", Invalid),
             (400, "BadDigest", Corrupt),
