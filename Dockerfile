@@ -25,9 +25,9 @@ LABEL org.opencontainers.image.title="Berth" \
       org.opencontainers.image.licenses="Apache-2.0" \
       org.opencontainers.image.version="${VERSION}" \
       org.opencontainers.image.revision="${REVISION}"
-# mkfs.xfs; mkfs.ext4, and e2fsck for a person with a damaged volume. Everything else (mounting, loop devices, growing) Berth asks of the kernel.
+# The certificates that S3 services are checked with; mkfs.xfs; mkfs.ext4, and e2fsck for a person with a damaged volume. Everything else (mounting, loop devices, growing) Berth asks of the kernel.
 RUN apt-get update \
-    && apt-get install -y --no-install-recommends e2fsprogs xfsprogs \
+    && apt-get install -y --no-install-recommends ca-certificates e2fsprogs xfsprogs \
     && rm -rf /var/lib/apt/lists/*
 COPY --from=build /out/berth /usr/bin/berth
 # Root, and privileged in its pod: a node driver mounts file systems where kubelet and every pod see them, and attaches

@@ -154,7 +154,7 @@ fn a_quickstart_shows_every_step_and_leaves_nothing() {
     for line in ["start the driver", "create a volume", "mount it", "SHA-256 is right", "df says"] {
         assert!(out.contains(line), "{line}: {out}");
     }
-    assert_eq!(out.lines().count(), 9, "{out}");
+    assert_eq!(out.lines().count(), 16, "{out}");
     assert!(!out.contains('\x1b'), "colours are for terminals");
     assert_eq!(folder.traces(), [""; 0]);
     assert_eq!(folder.names(), ["mine"]);
@@ -394,7 +394,7 @@ fn where_the_pool_has_reflink_a_snapshot_outlives_its_volume_and_a_quickstart_sk
     let Some(disk) = folder.mount_xfs() else { return };
     let before = folder.traces();
     let (out, _) = run(Command::new(BERTH).args(["quickstart", "--size", "512Mi", "--pool"]).arg(&disk), 0);
-    assert_eq!(out.matches("SHA-256 is right").count(), 2, "{out}");
+    assert_eq!(out.matches("SHA-256 is right").count(), 4, "{out}");
     assert!(!out.contains("skipped") && out.contains("data-restored"), "{out}");
     assert_eq!(folder.traces(), before);
     assert_eq!(std::fs::read_dir(&disk).unwrap().count(), 0);

@@ -36,7 +36,7 @@ pub struct MountArguments {
     pub source: Source,
     /// Where to: an existing, empty directory.
     pub path: PathBuf,
-    /// The service, such as https://s3.example.com; by default AWS_ENDPOINT_URL, else AWS itself.
+    /// The service, such as `https://s3.example.com`; by default AWS_ENDPOINT_URL, else AWS itself.
     #[arg(long, value_name = "URL")]
     pub endpoint: Option<String>,
     /// By default AWS_REGION, else us-east-1.

@@ -24,7 +24,7 @@ const TELL: Duration = Duration::from_secs(5);
 /// or this, where little room is left.
 const HURRY: Duration = Duration::from_secs(1);
 /// A mount that changes nothing looks this often.
-const IDLE: Duration = Duration::from_secs(30);
+const IDLE: Duration = Duration::from_secs(10);
 /// Seconds after which the bytes are counted anew.
 const COUNT: u64 = 3600;
 /// Less than one part in so many is little room.

@@ -29,7 +29,7 @@ const GROWN_LIMIT: Duration = Duration::from_secs(60);
 /// Where object storage is.
 #[derive(Debug, Args)]
 pub struct ObjectArguments {
-    /// Show object storage on this service, such as https://s3.example.com, instead of a server of our own.
+    /// Show object storage on this service, such as `https://s3.example.com`, instead of a server of our own.
     #[arg(long, value_name = "URL", conflicts_with = "end")]
     pub s3_endpoint: Option<String>,
     /// The service's region.
@@ -101,7 +101,6 @@ pub(super) async fn prepare(
     }
     let own = arguments.s3_endpoint.is_none();
     let credentials = if own {
-        let random = || format!("{:016x}", std::hash::BuildHasher::hash_one(&std::hash::RandomState::new(), 0));
         Credentials { access_key: "quickstart".to_owned(), secret_key: random() + &random(), session_token: None }
     } else {
         let aws = Aws::of_this_process();
@@ -154,6 +153,11 @@ pub(super) async fn revive(state: &State, work: &Work) -> Result<Option<Handle>>
     Ok(Some(server))
 }
 
+/// Sixteen digits that nobody else has.
+fn random() -> String {
+    format!("{:016x}", std::hash::BuildHasher::hash_one(&std::hash::RandomState::new(), 0))
+}
+
 /// Shows a volume on it. What is left afterwards the clean-up finds by itself.
 pub(super) async fn run(report: &mut Report, state: &State, work: &Work, size: u64) -> Result<()> {
     let Some(service) = &state.service else { return Ok(()) };
@@ -162,7 +166,9 @@ pub(super) async fn run(report: &mut Report, state: &State, work: &Work, size: u
     let staging = work.staging();
     let kubelet = Kubelet { client: &client, staging: &staging, secrets: Default::default() };
     let (stop, path) = (report.stop.clone(), beside(&state.path, "objects"));
-    let id = report.step("create a volume of objects", create(&client, "quickstart", size, Origin::Empty)).await?;
+    // Names of buckets are derived from it, and another quickstart may be at work.
+    let name = format!("quickstart-{}", random());
+    let id = report.step("create a volume of objects", create(&client, &name, size, Origin::Empty)).await?;
     report.step("mount it", mount(&kubelet, &id, &path)).await?;
     let written = report.step("write 256Mi of random data", write(&path, &stop)).await?;
     let context = client.volume(&id).await?.volume_context;

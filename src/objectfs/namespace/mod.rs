@@ -247,8 +247,9 @@ impl Namespace {
     /// An entry that was made with [`Self::known`] has reached the kernel, or not.
     pub(crate) fn shown_to_kernel(&self, ino: Ino, reached: bool) {
         let mut tree = self.tree();
-        if let Some(node) = tree.node_mut(ino) {
-            node.lookups += u64::from(reached);
+        if let Some(node) = tree.node_mut(ino).filter(|_| reached) {
+            node.lookups += 1;
+            node.told = Some(shown(ino, node).size);
         }
         tree.unpin(ino);
     }
