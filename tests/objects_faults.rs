@@ -332,7 +332,9 @@ fn write_back_closes_before_and_syncs_after() {
 fn a_full_staging_disk_is_the_writers_error() {
     let Some((tree, proxy, options)) = behind_a_proxy() else { return };
     let disk = Disk::new(tree.dir.path(), 64 << 20);
-    let mount = tree.mount_with(&Options { staging: Some(disk.path.join("staging")), ..options });
+    // An upload may be begun early, and is not answered: that is given up soon.
+    let stall = Some(1000);
+    let mount = tree.mount_with(&Options { staging: Some(disk.path.join("staging")), stall, ..options });
     fs::write(mount.at("before"), "before").unwrap();
     let prefix = tree.prefix.clone();
     proxy.rule(move |asked| if asked.writes() && asked.is_about(&prefix) { Fault::Hold } else { Fault::None });
