@@ -150,7 +150,13 @@ impl Namespace {
         match self.store.head(key).await {
             Ok(head) => Ok(Some(head)),
             Err(error) if error.kind == StoreErrorKind::NotFound => Ok(None),
-            Err(error) => Err(refused(&error)),
+            Err(error) => {
+                if error.kind == StoreErrorKind::Invalid {
+                    // The answer to a HEAD has no words, and expired credentials are a 400 too. A listing says which.
+                    self.has_keys(key).await?;
+                }
+                Err(refused(&error))
+            }
         }
     }
 
