@@ -17,10 +17,14 @@ case ${1:-run} in test | bench)
   need mkfs.btrfs btrfs-progs
   need strace strace
   need setpriv util-linux
-esac
-if [ "${1:-run}" = bench ]; then
+  # Programs that people run on a mount of object storage, and another client of it.
+  need git git
+  need rsync rsync
+  need setfattr attr
   need fio fio
   need s3fs s3fs
+esac
+if [ "${1:-run}" = bench ]; then
   need fusermount3 fuse3 # rclone calls it
 fi
 install() {

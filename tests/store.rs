@@ -62,6 +62,7 @@ async fn contract_holds(endpoint: &Endpoint, checksums: Checksums, name: &str) {
     with_bucket(endpoint, checksums, name, async |s3| {
         let abilities = probe(&s3).await.unwrap();
         println!("{name}: {abilities:?}");
+        assert_eq!(abilities.listed_metadata, name == "minio");
         let left = s3.list(&ListRequest::default()).await.unwrap();
         assert!(left.objects.is_empty(), "{:?}", left.objects);
         assert!(s3.list_uploads("").await.unwrap().is_empty());

@@ -281,8 +281,13 @@ impl Namespace {
             let result = {
                 // Never closed.
                 let _permit = self.background.acquire().await;
-                file.state().queued = false;
-                self.commit(ino, file).await
+                let only_attributes = {
+                    let mut state = file.state();
+                    state.queued = false;
+                    state.opens > 0 && !state.uncommitted && !file.content.is_dirty()
+                };
+                // Who has it open is about to change more than these, and its close comes here again.
+                if only_attributes { Ok(()) } else { self.commit(ino, file).await }
             };
             match result {
                 Ok(()) => return,

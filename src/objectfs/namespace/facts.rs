@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
-use super::super::attributes::Attributes;
+use super::super::attributes::{Attributes, Defaults};
 use super::super::content::Version;
 use super::super::store::{Etag, Head, Listed};
 
@@ -57,12 +57,13 @@ impl Stored {
     }
 
     /// As a listing shows it.
-    pub(crate) fn listed(listed: &Listed) -> Self {
+    pub(crate) fn listed(listed: &Listed, directory: bool, defaults: &Defaults) -> Self {
+        let read = |metadata| Attributes::read(metadata, listed.modified, directory, defaults);
         Self {
             etag: listed.etag.clone(),
             size: listed.size,
             modified: Some(listed.modified),
-            attributes: None,
+            attributes: listed.metadata.as_ref().map(read).map(Arc::new),
             own: false,
         }
     }
@@ -195,6 +196,12 @@ impl Facts {
     /// Do the attributes belong to this version for sure?
     pub(crate) fn is_settled(&self, modified: SystemTime) -> bool {
         self.learned.duration_since(modified).is_ok_and(|age| age >= SETTLED)
+    }
+
+    /// If a listing shows the same version, are the attributes right again? See [`Self::take`].
+    pub(crate) fn is_renewed_by_listing(&self) -> bool {
+        let modified = self.stored.as_ref().map(|stored| stored.modified);
+        self.attributes.is_some() && modified.is_some_and(|at| at.is_none_or(|at| self.is_settled(at)))
     }
 
     /// Attributes from an index, which holds for this version.

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use super::super::attributes::Defaults;
 use super::super::store::{ListPage, Listed};
 use super::facts::{Ask, Seen, Stored};
 
@@ -20,6 +21,7 @@ pub(crate) struct Whole {
 /// The directories on the way to the last key that was seen.
 pub(crate) struct Flat {
     prefix: String,
+    defaults: Defaults,
     /// Names of those above, which began before the listing did: never whole.
     above: Vec<String>,
     open: Vec<Whole>,
@@ -27,9 +29,9 @@ pub(crate) struct Flat {
 
 impl Flat {
     /// Of keys below a prefix, from the directory at a path on.
-    pub(crate) fn new(prefix: String, path: &[String]) -> Self {
+    pub(crate) fn new(prefix: String, path: &[String], defaults: Defaults) -> Self {
         let above = path.split_last().map(|(_, above)| above.to_vec()).unwrap_or_default();
-        Self { prefix, above, open: Vec::new() }
+        Self { prefix, defaults, above, open: Vec::new() }
     }
 
     /// Takes a page; returns directories that no later key can belong to.
@@ -63,9 +65,11 @@ impl Flat {
         }
         if let Some(last) = self.open.last_mut().filter(|last| last.path.len() == path.len()) {
             if name.is_empty() {
-                last.marker = Some(Stored::listed(object));
+                last.marker = Some(Stored::listed(object, true, &self.defaults));
             } else {
-                last.names.entry(name.to_owned()).or_insert_with(|| Seen::Object(Stored::listed(object)));
+                last.names
+                    .entry(name.to_owned())
+                    .or_insert_with(|| Seen::Object(Stored::listed(object, false, &self.defaults)));
             }
         }
     }
@@ -87,12 +91,15 @@ mod tests {
     use super::super::super::store::Etag;
     use super::*;
 
+    const DEFAULTS: Defaults = Defaults { uid: 0, gid: 0, file_mode: 0o644, dir_mode: 0o755 };
+
     fn page(keys: &[&str]) -> ListPage {
         let listed = |key: &&str| Listed {
             key: (*key).to_owned(),
             size: 1,
             etag: Etag("\"e\"".to_owned()),
             modified: SystemTime::UNIX_EPOCH,
+            metadata: None,
         };
         ListPage { objects: keys.iter().map(listed).collect(), ..ListPage::default() }
     }
@@ -110,7 +117,7 @@ mod tests {
     #[test]
     fn a_directory_is_whole_once_a_key_behind_it_has_come() {
         let ask = Ask { stamp: 0, at: Instant::now() };
-        let mut flat = Flat::new("p/".to_owned(), &["a".to_owned()]);
+        let mut flat = Flat::new("p/".to_owned(), &["a".to_owned()], DEFAULTS);
         let done = flat.take(page(&["p/a/", "p/a/1", "p/a/b/2", "p/a/b/3"]), ask);
         assert!(done.is_empty(), "more may come");
         let done = flat.take(page(&["p/a/c", "p/d", "p/e/f/4"]), ask);
@@ -121,7 +128,7 @@ mod tests {
     #[test]
     fn what_began_before_the_listing_is_never_whole() {
         let ask = Ask { stamp: 0, at: Instant::now() };
-        let mut flat = Flat::new(String::new(), &["x".to_owned(), "m".to_owned()]);
+        let mut flat = Flat::new(String::new(), &["x".to_owned(), "m".to_owned()], DEFAULTS);
         let done = flat.take(page(&["x/m/1", "x/n/2", "x/z", "y/3", "z"]), ask);
         assert_eq!(shown(&done), ["x/m: 1", "x/n: 2", "y: 3"]);
         assert!(flat.finish().is_empty());

@@ -55,6 +55,9 @@ impl Namespace {
 
     /// Could a directory's index say what is not known of an entry, and of others?
     pub(super) fn wants_index(&self, ino: Ino, name: &str, horizon: Instant) -> bool {
+        if self.store.abilities().listed_metadata {
+            return false;
+        }
         let tree = self.tree();
         let listed = tree.facts(ino, name).is_some_and(|facts| facts.is_fresh(horizon));
         let Some(directory) = tree.directory(ino) else { return false };

@@ -5,7 +5,7 @@
 
 use std::collections::HashSet;
 use std::sync::Arc;
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Instant, SystemTime};
 
 use super::super::store::{ListPage, ListRequest};
 use super::Namespace;
@@ -155,7 +155,7 @@ impl Namespace {
             let tree = self.tree();
             (tree.key(ino).ok_or(Errno::NOENT)?, tree.ask())
         };
-        let request = ListRequest { prefix, delimiter: true, token, ..ListRequest::default() };
+        let request = ListRequest { prefix, delimiter: true, token, metadata: true, ..ListRequest::default() };
         let page = self.store.list(&request).await.map_err(|error| refused(&error))?;
         Ok((page, ask))
     }
@@ -177,10 +177,10 @@ impl Namespace {
         let mut entries: Vec<(&str, Seen)> = Vec::new();
         for object in &page.objects {
             match object.key.strip_prefix(prefix.as_str()) {
-                Some("") => marker = Some(Stored::listed(object)),
+                Some("") => marker = Some(Stored::listed(object, true, &self.defaults)),
                 // Where both exist, the directory is shown.
                 Some(name) if self.is_name(ino, name) && !folders.contains(name) => {
-                    entries.push((name, Seen::Object(Stored::listed(object))));
+                    entries.push((name, Seen::Object(Stored::listed(object, false, &self.defaults))));
                 }
                 _ => {}
             }
@@ -245,7 +245,6 @@ impl Namespace {
             let Some(directory) = tree.directory_mut(ino) else { return Err(Errno::STALE) };
             directory.huge = number > 0 || token.is_some();
             if token.is_none() {
-                directory.misses = 0;
                 return Ok(true);
             }
         }
@@ -282,11 +281,9 @@ impl Namespace {
         let (top, path, prefix, key) = {
             let tree = self.tree();
             let key = tree.key(ino).ok_or(Errno::NOENT)?;
-            let recent = Duration::from_secs(10).max(self.max_age);
             let (mut top, mut path) = (ino, Vec::new());
             while let Some((parent, name)) = tree.node(top).and_then(|node| node.place.clone()) {
-                let walked = tree.directory(parent).and_then(|directory| directory.walked);
-                if walked.is_none_or(|at| at.elapsed() > recent) {
+                if !tree.directory(parent).is_some_and(|above| above.is_walked(self.max_age)) {
                     break;
                 }
                 top = parent;
@@ -297,13 +294,19 @@ impl Namespace {
             }
             (top, path, tree.key(top).ok_or(Errno::NOENT)?, key)
         };
-        let mut flat = Flat::new(prefix.clone(), &path);
+        let mut flat = Flat::new(prefix.clone(), &path, self.defaults);
         // Behind all that sorts before the directory's own marker.
         let mut after = Some(format!("{}.{}", key.trim_end_matches('/'), char::MAX));
         let mut token = None;
         for _ in 0..PAGES_AHEAD {
             let ask = self.tree().ask();
-            let request = ListRequest { prefix: prefix.clone(), after: after.take(), token, ..ListRequest::default() };
+            let request = ListRequest {
+                prefix: prefix.clone(),
+                after: after.take(),
+                token,
+                metadata: true,
+                ..ListRequest::default()
+            };
             let page = self.store.list(&request).await.map_err(|error| refused(&error))?;
             token = page.token.clone();
             let mut whole = flat.take(page, ask);

@@ -1,5 +1,6 @@
 //! Looking at names in the bucket: as seldom as freshness allows, and in one round trip where that can be.
 
+use std::ops::Bound;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -7,15 +8,18 @@ use super::super::attributes::Attributes;
 use super::super::store::{Head, ListRequest, StoreErrorKind};
 use super::errors::refused;
 use super::facts::{Ask, Seen, Stored};
-use super::tree::{Learned, ROOT};
+use super::tree::{Directory, Learned, ROOT, Slot};
 use super::{Namespace, S_IFDIR, at_once};
 use crate::fuse::filesystem::{Answer, Ino};
 use crate::host::Errno;
 
 /// HEADs under way at once for one listing.
 pub(super) const HEADS: usize = 64;
-/// A directory in which so many lookups had to ask is listed.
-const MISSES: u32 = 2;
+/// A walk looks into so many directories ahead, and at so many names in each.
+const AHEAD: usize = 3;
+const NAMES_AHEAD: usize = 512;
+/// Held by who asks for the attributes of a directory's entries: no name is like that.
+const ATTRIBUTES: &str = "/";
 
 /// What has to be asked before a name can be answered for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -58,10 +62,20 @@ impl Namespace {
                 }
                 let plan = match tree.facts(parent, name) {
                     Some(facts) if facts.is_fresh(horizon) && facts.has_fresh_attributes(horizon) => {
+                        let known = tree.directory_mut(parent).is_some_and(Directory::answers);
+                        drop(tree);
+                        if known {
+                            self.keep_fresh(parent);
+                        }
                         return Ok((true, asked));
                     }
                     Some(facts) => match (facts.directory, facts.is_fresh(horizon)) {
-                        (false, _) => Plan::Object,
+                        (false, true) => Plan::Object,
+                        (false, false) if facts.is_renewed_by_listing() => {
+                            let directory = tree.directory_mut(parent).ok_or(Errno::STALE)?;
+                            if directory.missed() { Plan::Anything(true) } else { Plan::Object }
+                        }
+                        (false, false) => Plan::Object,
                         (true, true) => Plan::Marker,
                         (true, false) => Plan::Directory,
                     },
@@ -72,8 +86,7 @@ impl Namespace {
                     }
                     None => {
                         let directory = tree.directory_mut(parent).ok_or(Errno::STALE)?;
-                        directory.misses = directory.misses.saturating_add(1);
-                        let worth = directory.complete.is_some() || directory.misses >= MISSES;
+                        let worth = directory.missed() || directory.complete.is_some();
                         Plan::Anything(worth && !directory.huge)
                     }
                 };
@@ -262,14 +275,20 @@ impl Namespace {
     /// Makes sure that many names of a directory have attributes, many HEADs at once. Names that are gone stay without.
     pub(crate) async fn find_many(self: &Arc<Self>, parent: Ino, names: &[String]) {
         let horizon = self.horizon();
-        let unknown: Vec<String> = {
+        let unknown = || -> Vec<String> {
             let tree = self.tree();
-            let fresh = |name: &&String| {
+            let unknown = |name: &&String| {
                 let facts = tree.facts(parent, name);
                 !facts.is_some_and(|facts| facts.has_fresh_attributes(horizon))
             };
-            names.iter().filter(fresh).cloned().collect()
+            names.iter().filter(unknown).cloned().collect()
         };
+        if unknown().is_empty() {
+            return;
+        }
+        // Who looks ahead may be looking at the same.
+        let _held = self.lists.take(&[(parent, ATTRIBUTES)], None, |with| with(&self.tree())).await;
+        let unknown = unknown();
         if unknown.is_empty() {
             return;
         }
@@ -282,6 +301,46 @@ impl Namespace {
         });
         let count = looked.await.len();
         self.many_were_looked_at(parent, count);
+    }
+
+    /// A program that walks comes to the directories behind this one next: their entries are looked at meanwhile.
+    pub(crate) fn look_ahead(self: &Arc<Self>, ino: Ino) {
+        if self.store.abilities().listed_metadata {
+            return;
+        }
+        let horizon = self.horizon();
+        let mut next = Vec::new();
+        {
+            let mut tree = self.tree();
+            let Some((parent, name)) = tree.node(ino).and_then(|node| node.place.clone()) else { return };
+            let Some(above) = tree.directory(parent).filter(|above| above.is_walked(self.max_age)) else { return };
+            let behind = above.names.range::<str, _>((Bound::Excluded(&*name), Bound::Unbounded));
+            for slot in behind.map(|(_, slot)| slot) {
+                let Slot::Live(ino) = slot else { continue };
+                let Some(directory) = tree.directory(*ino) else { continue };
+                let listed = directory.complete.is_some_and(|complete| complete >= horizon);
+                if listed && directory.ahead.is_none_or(|at| at < horizon) {
+                    next.push((*ino, directory.names.keys().take(NAMES_AHEAD).map(|name| name.to_string()).collect()));
+                }
+                if next.len() == AHEAD || !listed {
+                    break;
+                }
+            }
+            for (ino, _) in &next {
+                tree.pin(*ino);
+                if let Some(directory) = tree.directory_mut(*ino) {
+                    directory.ahead = Some(Instant::now());
+                }
+            }
+        }
+        for (ino, names) in next {
+            let this = self.clone();
+            self.spawn(async move {
+                let names: Vec<String> = names;
+                this.find_many(ino, &names).await;
+                this.tree().unpin(ino);
+            });
+        }
     }
 
     /// The attributes of a name that a listing has just shown: one HEAD.

@@ -93,7 +93,8 @@ impl Namespace {
             identity: format!("{:x}-{:x}", since.as_nanos(), std::process::id()),
             counter: AtomicU64::new(0),
             ending: tokio::sync::watch::Sender::new(false),
-            no_index: AtomicBool::new(settings.read_only),
+            // Listings may say all that an index would.
+            no_index: AtomicBool::new(settings.read_only || store.abilities().listed_metadata),
             learnt: AtomicUsize::new(0),
             settings,
             store,

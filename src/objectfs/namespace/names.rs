@@ -260,7 +260,7 @@ impl Namespace {
         for object in &page.objects {
             if object.key == key {
                 let mut tree = self.tree();
-                self.take_marker(&mut tree, parent, Some(Stored::listed(object)), true, ask);
+                self.take_marker(&mut tree, parent, Some(Stored::listed(object, true, &self.defaults)), true, ask);
                 return Ok(());
             }
             if object.key != leaving_key && !object.key.starts_with(&leaving_folder) {
@@ -344,7 +344,7 @@ impl Namespace {
             {
                 let name = rest.split('/').next().unwrap_or(rest);
                 if self.is_name(ino, name) && name == rest {
-                    self.learn(ino, name, ask, Seen::Object(Stored::listed(object)));
+                    self.learn(ino, name, ask, Seen::Object(Stored::listed(object, false, &self.defaults)));
                 }
                 return Err(Errno::NOTEMPTY);
             }

@@ -6,7 +6,7 @@
 use std::collections::{BTreeMap, HashMap};
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::sync::Arc;
-use std::time::{Instant, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use bytes::Bytes;
 
@@ -18,6 +18,11 @@ use crate::fuse::filesystem::Ino;
 
 /// The root directory's number.
 pub(crate) const ROOT: Ino = 1;
+
+/// A directory in which so many lookups had to ask is listed.
+const MISSES: u32 = 2;
+/// A listing costs as much as so many single questions.
+const ANSWERS: u32 = 8;
 
 /// What a directory knows of a name.
 pub(crate) enum Slot {
@@ -43,12 +48,16 @@ pub(crate) struct Directory {
     pub(crate) complete: Option<Instant>,
     /// It has more names than one page: not listed again for a lookup.
     pub(crate) huge: bool,
-    /// Lookups that had to ask.
+    /// Lookups that had to ask since it was listed.
     pub(crate) misses: u32,
+    /// Lookups that were answered without asking since then.
+    pub(crate) answers: u32,
     /// Entries came or went here, then: newer than the marker's time.
     pub(crate) touched: Option<SystemTime>,
     /// The last listing for a program.
     pub(crate) walked: Option<Instant>,
+    /// Its entries were looked at because a walk would come to it.
+    pub(crate) ahead: Option<Instant>,
     /// A listing in the background is under way.
     pub(crate) refreshing: bool,
     /// The index was asked for at this time.
@@ -57,6 +66,25 @@ pub(crate) struct Directory {
     pub(crate) indexing: bool,
     /// Changes that its index does not have.
     pub(crate) unwritten: u32,
+}
+
+impl Directory {
+    /// Was it listed by a program a moment ago?
+    pub(crate) fn is_walked(&self, max_age: Duration) -> bool {
+        self.walked.is_some_and(|at| at.elapsed() <= max_age.max(Duration::from_secs(10)))
+    }
+
+    /// One more lookup has to ask. `true`: a listing costs no more than all these questions.
+    pub(crate) fn missed(&mut self) -> bool {
+        self.misses = self.misses.saturating_add(1);
+        self.misses >= MISSES && !self.huge
+    }
+
+    /// One more lookup needs not ask. `true`: it is worth to renew what answers them.
+    pub(crate) fn answers(&mut self) -> bool {
+        self.answers = self.answers.saturating_add(1);
+        self.answers >= ANSWERS
+    }
 }
 
 /// An inode.
@@ -514,6 +542,8 @@ impl Tree {
         }
         if let Some(directory) = self.directory_mut(ino) {
             directory.complete = Some(ask.at);
+            directory.misses = 0;
+            directory.answers = 0;
         }
         detached
     }

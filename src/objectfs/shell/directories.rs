@@ -66,6 +66,7 @@ impl ObjectFs {
                 return Ok(());
             }
             if sink.plus() {
+                self.names.look_ahead(ino);
                 self.names.find_many(ino, &names).await;
             }
             for name in &names {

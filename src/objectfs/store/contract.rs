@@ -142,6 +142,16 @@ async fn metadata_is_kept(store: &dyn Store) {
     let foreign = about(&[("author", "Grüße, 世界"), ("note", "plain & <simple>")]);
     store.put("meta/e", bytes(""), &foreign, &NONE).await.unwrap();
     assert_eq!(store.head("meta/e").await.unwrap().metadata, foreign);
+    // A listing tells all of it, or nothing.
+    let listing = ListRequest { prefix: "meta/".into(), metadata: true, ..ListRequest::default() };
+    let page = store.list(&listing).await.unwrap();
+    assert_eq!(page.objects.len(), 4);
+    for object in page.objects {
+        let wanted = store.head(&object.key).await.unwrap().metadata;
+        assert_eq!(object.metadata, store.abilities().listed_metadata.then_some(wanted), "{}", object.key);
+    }
+    let page = store.list(&ListRequest { metadata: false, ..listing }).await.unwrap();
+    assert!(page.objects.iter().all(|object| object.metadata.is_none()));
 }
 
 async fn conditions(store: &dyn Store) {

@@ -74,8 +74,13 @@ pub(crate) struct Double {
 }
 
 /// Everything conditional works.
-pub(crate) const ABLE: Abilities =
-    Abilities { conditional_put: true, conditional_finish: true, conditional_delete: true, conditional_copy: true };
+pub(crate) const ABLE: Abilities = Abilities {
+    conditional_put: true,
+    conditional_finish: true,
+    conditional_delete: true,
+    conditional_copy: true,
+    listed_metadata: false,
+};
 
 fn fail<T>(verb: &str, key: &str, kind: StoreErrorKind) -> StoreResult<T> {
     Err(StoreError { kind, message: format!("cannot {verb} {key}: {kind:?} (double)") })
@@ -439,6 +444,7 @@ impl Store for Double {
                         size: object.bytes.len() as u64,
                         etag: object.etag.clone(),
                         modified: object.modified,
+                        metadata: None,
                     });
                     last = Some(key.clone());
                 }

@@ -25,6 +25,7 @@ pub mod probe;
 mod sdk;
 pub mod services;
 mod stall;
+mod told;
 mod wire;
 
 use std::collections::BTreeMap;
@@ -119,6 +120,8 @@ pub struct ListRequest {
     pub token: Option<String>,
     /// At most so many (1 to 1000); `None`: the service's own page.
     pub limit: Option<u32>,
+    /// With metadata, where the service tells it ([`Abilities::listed_metadata`]).
+    pub metadata: bool,
 }
 
 /// A key in a listing.
@@ -132,6 +135,8 @@ pub struct Listed {
     pub etag: Etag,
     /// `Last-Modified`.
     pub modified: SystemTime,
+    /// What was stored with it, if that was asked for and told.
+    pub metadata: Option<Metadata>,
 }
 
 /// What a page holds.
@@ -171,6 +176,8 @@ pub struct Abilities {
     pub conditional_delete: bool,
     /// `If-None-Match`/`If-Match` of the *destination* on CopyObject.
     pub conditional_copy: bool,
+    /// Listings show metadata, as MinIO's do.
+    pub listed_metadata: bool,
 }
 
 /// What went wrong, as the caller sees it.
@@ -307,8 +314,10 @@ pub async fn open(
     read_only: bool,
 ) -> StoreResult<Opened> {
     let s3 = connect(endpoint, credentials, bucket).await?;
-    let abilities =
-        if read_only { probe::NONE } else { patient::until(endpoint.patience(), || probe::probe(&s3)).await? };
+    let abilities = match read_only {
+        true => probe::without_writing(&s3).await,
+        false => patient::until(endpoint.patience(), || probe::probe(&s3)).await?,
+    };
     let s3 = s3.honouring(abilities);
     let store = patient::Patient::new(s3.clone(), endpoint.patience());
     Ok(Opened { s3, store })

@@ -1,4 +1,4 @@
-//! Which conditions an endpoint honours: found out by trial, with objects below `.berth/probe/`, which are removed again.
+//! What an endpoint honours: found out by trial, with objects below `.berth/probe/`, which are removed again.
 //!
 //! An endpoint counts as able only if it both refuses what the condition forbids and does what it allows; one that ignores
 //! a header does not refuse, and one that does not know it may refuse all.
@@ -8,15 +8,25 @@ use std::sync::atomic::Ordering;
 use bytes::Bytes;
 
 use super::sdk::S3;
-use super::{Abilities, Condition, Etag, Metadata, Payload, Store, StoreErrorKind, StoreResult};
+use super::{Abilities, Condition, Etag, ListRequest, Metadata, Payload, Store, StoreErrorKind, StoreResult};
 use crate::objectfs::settings::HIDDEN;
 
 /// Nothing conditional works, so far as is known.
-pub const NONE: Abilities =
-    Abilities { conditional_put: false, conditional_finish: false, conditional_delete: false, conditional_copy: false };
+pub const NONE: Abilities = Abilities {
+    conditional_put: false,
+    conditional_finish: false,
+    conditional_delete: false,
+    conditional_copy: false,
+    listed_metadata: false,
+};
 
-const ALL: Abilities =
-    Abilities { conditional_put: true, conditional_finish: true, conditional_delete: true, conditional_copy: true };
+const ALL: Abilities = Abilities {
+    conditional_put: true,
+    conditional_finish: true,
+    conditional_delete: true,
+    conditional_copy: true,
+    listed_metadata: true,
+};
 
 /// Tries what the endpoint honours, in some ten calls. Credentials that may not write leave it unknown, which is [`NONE`].
 ///
@@ -43,6 +53,14 @@ pub async fn probe(s3: &S3) -> StoreResult<Abilities> {
     }
 }
 
+/// What can be found out without writing: whether listings tell metadata, if there is anything to list.
+pub(super) async fn without_writing(s3: &S3) -> Abilities {
+    let listing = ListRequest { limit: Some(1), metadata: true, ..ListRequest::default() };
+    let page = s3.honouring(ALL).list(&listing).await.unwrap_or_default();
+    let listed_metadata = page.objects.first().is_some_and(|object| object.metadata.is_some());
+    Abilities { listed_metadata, ..NONE }
+}
+
 /// Did the call do it? `None`: it was refused by condition, or as unknown.
 fn done<T>(result: StoreResult<T>) -> StoreResult<Option<T>> {
     match result {
@@ -55,10 +73,10 @@ fn done<T>(result: StoreResult<T>) -> StoreResult<Option<T>> {
 }
 
 async fn trials(s3: &S3, key: &str) -> StoreResult<Abilities> {
-    let none = Metadata::default();
+    let about = Metadata { user: [("probe".to_owned(), "told".to_owned())].into(), ..Metadata::default() };
     let other = Condition::Is(Etag("\"00000000000000000000000000000000\"".to_owned()));
     let bytes = |text: &'static str| Payload::Bytes(Bytes::from_static(text.as_bytes()));
-    let put = async |text, condition: &Condition| done(s3.put(key, bytes(text), &none, condition).await);
+    let put = async |text, condition: &Condition| done(s3.put(key, bytes(text), &about, condition).await);
 
     let made = put("1", &Condition::Absent).await?;
     let refused = put("2", &Condition::Absent).await?.is_none() && put("3", &other).await?.is_none();
@@ -73,15 +91,20 @@ async fn trials(s3: &S3, key: &str) -> StoreResult<Abilities> {
     let conditional_put = replaced.is_some();
     let etag = match replaced {
         Some(etag) => etag,
-        None => s3.put(key, bytes("4"), &none, &Condition::None).await?,
+        None => s3.put(key, bytes("4"), &about, &Condition::None).await?,
     };
+
+    let listing = ListRequest { prefix: key.to_owned(), limit: Some(1), metadata: true, ..ListRequest::default() };
+    let page = done(s3.list(&listing).await)?.unwrap_or_default();
+    let told = page.objects.first().and_then(|object| object.metadata.as_ref());
+    let listed_metadata = told.is_some_and(|told| told.user == about.user);
 
     let copy = format!("{key}-copy");
     let try_copy = async |to: &str, condition: &Condition| done(s3.copy(key, None, to, None, condition).await);
     let wrong = Etag("\"00000000000000000000000000000000\"".to_owned());
     // Also of the source: here no look may go before.
     s3.sources_compared.store(true, Ordering::Relaxed);
-    let upload = done(s3.begin_upload(&copy, &none).await)?;
+    let upload = done(s3.begin_upload(&copy, &about).await)?;
     let compared = done(s3.copy(key, Some(&wrong), &copy, None, &Condition::None).await);
     let part = match &upload {
         Some(upload) => done(s3.copy_part(&copy, upload, 1, key, Some(&wrong), 0..1).await),
@@ -108,7 +131,7 @@ async fn trials(s3: &S3, key: &str) -> StoreResult<Abilities> {
             Some(etag) => done(s3.delete(key, Some(&etag)).await)?.is_some() && s3.head(key).await.is_err(),
             None => false,
         };
-    Ok(Abilities { conditional_put, conditional_finish, conditional_delete, conditional_copy })
+    Ok(Abilities { conditional_put, conditional_finish, conditional_delete, conditional_copy, listed_metadata })
 }
 
 /// The same of uploads: one that must not replace, one that may.

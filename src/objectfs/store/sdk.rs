@@ -354,21 +354,26 @@ impl Store for S3 {
             Some(Some((_, token))) => (Some(token.to_owned()), None),
             _ => (None, request.after.clone()),
         };
+        let (with, told) = (request.metadata && self.abilities.listed_metadata, told::Told::default());
         let page = self.asked(|| async {
             let call = self.client.list_objects_v2().bucket(&self.bucket).prefix(prefix);
             let call = call.set_delimiter(request.delimiter.then(|| "/".to_owned()));
             let call = call.encoding_type(EncodingType::Url).set_start_after(after.clone());
             let limit = request.limit.map(|limit| i32::try_from(limit).unwrap_or(1000));
             let call = call.set_continuation_token(token.clone()).set_max_keys(limit);
+            let call = call.customize();
+            let call = if with { call.mutate_request(told::ask).interceptor(told.clone()) } else { call };
             call.send().await.map_err(|error| failed("list", prefix, &error))
         });
         let page = page.await?;
+        let mut told = told.take();
         let encoded = page.encoding_type == Some(EncodingType::Url);
         let decoded = |key: Option<String>| {
             let key = key.unwrap_or_default();
             if encoded { percent_decoded(&key).unwrap_or(key) } else { key }
         };
         let objects = page.contents.unwrap_or_default().into_iter().map(|object| Listed {
+            metadata: object.key.as_ref().and_then(|key| told.remove(key)),
             key: decoded(object.key),
             size: size(object.size),
             etag: etag(object.e_tag),
