@@ -190,7 +190,7 @@ impl Namespace {
     }
 
     /// Waits until the background is quiet.
-    async fn quiet(&self) {
+    pub(crate) async fn quiet(&self) {
         let mut tasks = self.tasks.subscribe();
         // The sender is ours, so it can't be gone.
         let _ = tasks.wait_for(|count| *count == 0).await;

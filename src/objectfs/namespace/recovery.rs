@@ -20,7 +20,7 @@ use super::tree::ROOT;
 use super::{Namespace, at_once, facts};
 use crate::fuse::filesystem::Ino;
 
-/// An unlinked object is swept when it is so old: its file may still be open on another node.
+/// An unlinked object, or what was uploaded early, is swept when it is so old: its file may still be open on another node.
 const SWEPT_AFTER: Duration = Duration::from_secs(7 * 24 * 3600);
 
 /// So long after the mount.
@@ -247,30 +247,48 @@ impl Namespace {
         }
     }
 
-    /// Unlinked objects of mounts that died.
+    /// What mounts that died have left: unlinked objects, and what was uploaded early.
     fn sweep(self: &Arc<Self>) {
         let this = Arc::downgrade(self);
         // Not waited for at the end: it is done at the next mount. Nor at once, since there is more urgent work then.
         tokio::spawn(async move {
             tokio::time::sleep(SWEPT_FROM).await;
             let Some(this) = this.upgrade() else { return };
-            let prefix = format!("{}unlinked/", this.hidden);
-            let mut token = None;
-            loop {
-                let request = ListRequest { prefix: prefix.clone(), token, ..ListRequest::default() };
-                let Ok(page) = this.store.list(&request).await else { return };
-                let now = SystemTime::now();
-                let old = |object: &&Listed| now.duration_since(object.modified).is_ok_and(|age| age > SWEPT_AFTER);
-                let keys: Vec<String> = page.objects.iter().filter(old).map(|object| object.key.clone()).collect();
-                if !keys.is_empty() && this.store.delete_many(&keys).await.is_err() {
-                    return;
-                }
-                token = page.token;
-                if token.is_none() {
-                    return;
-                }
-            }
+            // What can't be swept now is swept by a later mount.
+            let _ = this.sweep_now().await;
         });
+    }
+
+    pub(crate) async fn sweep_now(&self) -> StoreResult<()> {
+        for folder in ["unlinked/", "uploads/"] {
+            self.sweep_below(&format!("{}{folder}", self.hidden)).await?;
+        }
+        Ok(())
+    }
+
+    async fn sweep_below(&self, prefix: &str) -> StoreResult<()> {
+        let now = SystemTime::now();
+        let is_old = |time: SystemTime| now.duration_since(time).is_ok_and(|age| age > SWEPT_AFTER);
+        let mut token = None;
+        loop {
+            let request = ListRequest { prefix: prefix.to_owned(), token, ..ListRequest::default() };
+            let page = self.store.list(&request).await?;
+            let old = page.objects.into_iter().filter(|object| is_old(object.modified));
+            let keys: Vec<String> = old.map(|object| object.key).collect();
+            if !keys.is_empty() {
+                self.store.delete_many(&keys).await?;
+            }
+            token = page.token;
+            if token.is_none() {
+                break;
+            }
+        }
+        for (key, upload, begun) in self.store.list_uploads(prefix).await? {
+            if is_old(begun) {
+                self.store.abort_upload(&key, &upload).await?;
+            }
+        }
+        Ok(())
     }
 }
 

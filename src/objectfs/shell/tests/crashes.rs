@@ -151,3 +151,21 @@ async fn a_successor_knows_the_kernels_inodes_and_handles() {
     next.close(open).await.unwrap();
     assert_eq!(double.object("p/d/f").unwrap().0, "hello!");
 }
+
+#[tokio::test]
+async fn what_dead_mounts_left_is_swept_when_it_is_old() {
+    let mount = Mount::new().await;
+    let hidden = mount.settings.hidden();
+    for folder in ["unlinked", "uploads"] {
+        for (name, days) in [("old", 8), ("young", 6)] {
+            let key = format!("{hidden}{folder}/{name}");
+            mount.double.put_raw(&key, "x", super::super::super::store::Metadata::default());
+            let age = std::time::Duration::from_secs(days * 24 * 3600);
+            mount.double.set_modified(&key, std::time::SystemTime::now() - age);
+        }
+    }
+    mount.fs.names.sweep_now().await.unwrap();
+    let left: Vec<_> =
+        mount.double.keys().into_iter().filter(|key| key.contains("/un") || key.contains("/up")).collect();
+    assert_eq!(left, [format!("{hidden}unlinked/young"), format!("{hidden}uploads/young")]);
+}

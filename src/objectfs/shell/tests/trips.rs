@@ -128,3 +128,47 @@ async fn a_directory_of_pages_is_listed_whole_and_once() {
     assert!(entries.iter().all(|entry| entry.kind == 0o100_000), "too long for links");
     assert_eq!(double.count("list"), 13 + 1);
 }
+
+/// A listing that is too old is renewed by one call, whose answer is good for its neighbours too.
+#[tokio::test]
+async fn removing_file_after_file_asks_for_few_of_them() {
+    let double = Double::new();
+    let mount = Mount::over(&double, |settings| settings.max_age = 500).await;
+    mount.mkdir("d").await.unwrap();
+    for number in 0..40 {
+        mount.save(&format!("d/{number}"), b"x").await.unwrap();
+    }
+    mount.list("d").await;
+    tokio::time::sleep(std::time::Duration::from_millis(600)).await;
+    mount.calls();
+    for number in 0..40 {
+        mount.unlink(&format!("d/{number}")).await.unwrap();
+    }
+    let calls = mount.calls();
+    let count = |verb: &str| calls.iter().filter(|call| call.starts_with(verb)).count();
+    assert_eq!(count("delete"), 40);
+    assert!(count("head p/d/") + count("list") < 15, "{calls:?}");
+}
+
+/// The attributes of what a walk comes to next are asked for before it is there.
+#[tokio::test]
+async fn a_walk_looks_ahead() {
+    let mount = Mount::new().await;
+    for folder in 0..6 {
+        for file in 0..3 {
+            mount.double.put_raw(&format!("p/top/{folder}/{file}"), "x", Metadata::default());
+        }
+    }
+    for path in ["", "top", "top/0"] {
+        mount.entries(path, 100, true).await.unwrap();
+    }
+    mount.fs.names.quiet().await;
+    let calls = mount.calls();
+    for ahead in ["1", "2", "3"] {
+        assert!(calls.contains(&format!("head p/top/{ahead}/0")), "{calls:?}");
+    }
+    assert!(!calls.contains(&"head p/top/4/0".to_owned()), "{calls:?}");
+    mount.entries("top/1", 100, true).await.unwrap();
+    let calls = mount.calls();
+    assert!(!calls.contains(&"head p/top/1/0".to_owned()), "{calls:?}");
+}
