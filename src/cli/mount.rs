@@ -95,7 +95,7 @@ pub struct MountArguments {
     #[arg(long, value_name = "SIZE", default_value = "10Gi", value_parser = parse_bytes)]
     pub cache_size: u64,
     /// Memory for data in flight.
-    #[arg(long, value_name = "SIZE", default_value = "48Mi", value_parser = parse_bytes)]
+    #[arg(long, value_name = "SIZE", default_value = "32Mi", value_parser = parse_bytes)]
     pub memory: u64,
     /// The bucket (or the prefix) may grow to this size; then programs get ENOSPC.
     #[arg(long, value_name = "SIZE", value_parser = parse_bytes)]

@@ -4,6 +4,8 @@
 use std::ops::{Deref, DerefMut};
 use std::ptr::NonNull;
 
+use procfs::process::{MMPermissions, MMapPath, Process};
+
 use crate::error::{Error, Result};
 
 /// Bytes a page.
@@ -12,6 +14,27 @@ pub fn page_size() -> usize {
     // SAFETY: sysconf takes a number and touches no memory of ours.
     let size = unsafe { libc::sysconf(libc::_SC_PAGESIZE) };
     usize::try_from(size).unwrap_or(4096)
+}
+
+/// Unmaps this program's code. What runs comes back from the page cache; what only the beginning needed does not count as
+/// this process's memory any more, and the kernel can do without it.
+pub fn forget_code() {
+    advise_code(libc::MADV_DONTNEED);
+}
+
+fn advise_code(advice: libc::c_int) {
+    let Ok(program) = std::fs::read_link("/proc/self/exe") else { return };
+    let Ok(maps) = Process::myself().and_then(|myself| myself.maps()) else { return };
+    for map in maps {
+        let is_code = map.perms.contains(MMPermissions::EXECUTE) && !map.perms.contains(MMPermissions::WRITE);
+        let (start, end) = map.address;
+        let Ok(length) = usize::try_from(end - start) else { continue };
+        if is_code && map.pathname == MMapPath::Path(program.clone()) {
+            #[expect(unsafe_code, reason = "no crate in use wraps madvise")]
+            // SAFETY: code is mapped from the program's file and never written, so each page comes back as it was.
+            let _ = unsafe { libc::madvise(start as *mut libc::c_void, length, advice) };
+        }
+    }
 }
 
 /// A private mapping, zeroed.
@@ -84,6 +107,15 @@ impl Drop for Pages {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn code_runs_on_without_its_pages() {
+        let mapped = || Process::myself().unwrap().status().unwrap().rssfile.unwrap();
+        advise_code(libc::MADV_POPULATE_READ);
+        let before = mapped();
+        forget_code();
+        assert!(mapped() < before / 2, "{before} KiB before, {} after", mapped());
+    }
 
     #[test]
     fn pages_are_aligned_zeroed_and_writable() {

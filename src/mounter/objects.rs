@@ -9,6 +9,7 @@ use async_trait::async_trait;
 use super::worker::{Opener, Report, Volume};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::fuse::{FileSystem, Options, Session};
+use crate::host::memory;
 use crate::objectfs::settings::{Credentials, Settings};
 use crate::objectfs::shell::ObjectFs;
 use crate::objectfs::store::{self, ListRequest, Opened, S3, StoreError, StoreErrorKind, StoreResult};
@@ -44,6 +45,8 @@ impl Volume for OpenBucket {
             {
                 agreed(value);
             }
+            // The connection is made and tried, and the mount begun: much code that does not run again.
+            memory::forget_code();
         });
         let served = session.serve().await;
         telling.abort();
