@@ -5,7 +5,7 @@ mod common;
 
 use std::collections::HashMap;
 use std::net::TcpListener;
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
@@ -406,5 +406,31 @@ async fn a_volume_is_as_large_as_its_claim_until_that_grows() {
         assert!(Instant::now() < end, "the mount does not learn of its growth");
         tokio::time::sleep(Duration::from_millis(100)).await;
     }
+    client.remove(&mounted).await;
+}
+
+/// > Two pods with different groups can't have the volume on one node at the same time.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_volume_has_one_group_on_a_node() {
+    needs_minio!();
+    needs_fuse!();
+    let (minio, lab, client) = lab().await;
+    let _stop = StopMounter(lab.path("mounter/sock"));
+    minio.made("data").await;
+    let id = client.try_create(claimed("vol")).await.unwrap().volume_id;
+    let of = |group: &str| Use { group: group.to_owned(), ..Use::default() };
+    let mounted = client.mount(&lab, &id, "vol", &of("5")).await;
+    common::write(mounted.file("f"), "x");
+    assert_eq!(std::fs::metadata(mounted.file("f")).unwrap().gid(), 5);
+    let other = lab.path("other").display().to_string();
+    for group in ["", "6"] {
+        refused(client.stage(&id, &mounted.staging, &of(group)).await, Code::FailedPrecondition);
+        refused(client.publish(&id, &mounted.staging, &other, &of(group)).await, Code::FailedPrecondition);
+    }
+    client.stage(&id, &mounted.staging, &of("5")).await.unwrap();
+    client.publish(&id, &mounted.staging, &other, &of("5")).await.unwrap();
+    client.unpublish(&id, &other).await.unwrap();
+    client.unmount(&mounted).await;
+    let mounted = client.mount(&lab, &id, "vol", &of("6")).await;
     client.remove(&mounted).await;
 }

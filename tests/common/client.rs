@@ -20,12 +20,13 @@ pub struct Use {
     pub block: bool,
     pub mode: csi::volume_capability::access_mode::Mode,
     pub flags: Vec<String>,
+    pub group: String,
 }
 
 impl Default for Use {
     fn default() -> Self {
         use csi::volume_capability::access_mode::Mode;
-        Self { fs: String::new(), block: false, mode: Mode::SingleNodeMultiWriter, flags: Vec::new() }
+        Self { fs: String::new(), block: false, mode: Mode::SingleNodeMultiWriter, flags: Vec::new(), group: String::new() }
     }
 }
 
@@ -50,7 +51,7 @@ impl Use {
             AccessType::Mount(MountVolume {
                 fs_type: self.fs.clone(),
                 mount_flags: self.flags.clone(),
-                volume_mount_group: String::new(),
+                volume_mount_group: self.group.clone(),
             })
         };
         csi::VolumeCapability { access_type: Some(access), access_mode: Some(AccessMode { mode: self.mode.into() }) }

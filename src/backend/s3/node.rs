@@ -5,12 +5,13 @@
 
 use std::ffi::OsStr;
 use std::net::{TcpStream, ToSocketAddrs};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use sha2::{Digest, Sha256};
 
 use super::ObjectStorage;
+use super::parameters::mount_group;
 use super::plan::Plan;
 use super::services::{brought, endpoint_of};
 use crate::backend::{Node, NodeHealth, Stage, Stats};
@@ -23,7 +24,7 @@ use crate::mounter::Users;
 use crate::mounter::client::{Mounter, Status};
 use crate::mounter::start::{Start, start_detached};
 use crate::secrets::Secrets;
-use crate::volume::{Health as How, HealthProblem, MountPath, StorageHealth, StorageProblem, Usage, VolumeId};
+use crate::volume::{Access, Health as How, HealthProblem, MountPath, StorageHealth, StorageProblem, Usage, VolumeId};
 
 /// A question that the mounter answers from memory.
 pub(super) const QUESTION: Duration = Duration::from_secs(5);
@@ -41,13 +42,23 @@ pub fn mount_id(id: &VolumeId) -> String {
     hash.iter().take(16).fold("v".to_owned(), |text, byte| format!("{text}{byte:02x}"))
 }
 
-/// What the mount table shows as the source of a mount. The last part says whose it is.
-pub(super) fn source(bucket: &str, prefix: &str, mount_id: &str) -> String {
-    format!("s3://{bucket}/{prefix}{}", tag(mount_id))
+/// What the mount table shows as the source of a mount. The last parts say whose it is.
+pub(super) fn source(bucket: &str, prefix: &str, group: Option<u32>, mount_id: &str) -> String {
+    format!("s3://{bucket}/{prefix}?{}{}", of_group(group), tag(mount_id))
+}
+
+fn of_group(group: Option<u32>) -> String {
+    group.map(|group| format!("group={group}&")).unwrap_or_default()
 }
 
 fn tag(mount_id: &str) -> String {
-    format!("?volume={mount_id}")
+    format!("volume={mount_id}")
+}
+
+/// The source of a mount, of its line in the mount table.
+fn source_of(line: &str) -> PathBuf {
+    let shown = line.split_once(" - ").and_then(|(_, after)| after.split(' ').nth(1)).unwrap_or_default();
+    mounts::unescaped(OsStr::new(shown)).into()
 }
 
 /// Is this line of the mount table one of the volume's mounts?
@@ -60,13 +71,32 @@ fn is_at(id: &VolumeId, path: &Path) -> Result<bool> {
     Ok(mounts::line_of(path)?.is_some_and(|line| is_of(id, &line)))
 }
 
+/// A volume's files belong to one group on a node: that of the first pod.
+fn check_group(id: &VolumeId, group: Option<u32>, path: &Path) -> Result<()> {
+    let line = mounts::line_of(path)?.unwrap_or_default();
+    let wanted = format!("?{}{}", of_group(group), tag(&mount_id(id)));
+    let shown = source_of(&line);
+    if !shown.as_os_str().as_encoded_bytes().ends_with(wanted.as_bytes()) {
+        let wanted = group.map_or("none".to_owned(), |group| group.to_string());
+        fail!(
+            Precondition,
+            "the volume is in use on this node with another fsGroup ({}), and this pod wants {wanted}: give both the same",
+            shown.display()
+        );
+    }
+    Ok(())
+}
+
 impl Node for ObjectStorage {
     fn ensure_staged(&self, stage: &Stage, secrets: &Secrets) -> Result<()> {
         let plan = self.plan(stage, secrets)?;
         let path = stage.path.as_path();
         while is_at(&stage.id, path)? {
             match self.death(&stage.id, path)? {
-                None => return self.compare(&plan, path),
+                None => {
+                    check_group(&stage.id, plan.group, path)?;
+                    return self.compare(&plan, path);
+                }
                 Some(why) => {
                     tracing::warn!(volume.id = %stage.id, %why, path = %stage.path, "what was staged is dead: mounted anew");
                     mounts::detach(path)?;
@@ -100,6 +130,9 @@ impl Node for ObjectStorage {
     fn ensure_alive(&self, stage: &Stage, target: &MountPath, secrets: &Secrets) -> Result<()> {
         let (id, staging) = (&stage.id, stage.path.as_path());
         if is_at(id, staging)? {
+            if let Access::Mount { group, .. } = &stage.capability.access {
+                check_group(id, mount_group(group)?, staging)?;
+            }
             match (self.death(id, staging)?, brought(secrets)?) {
                 (Some(_), _) => self.ensure_staged(stage, secrets)?,
                 (None, Some(credentials)) => match self.mounter_for(QUESTION).renew(&mount_id(id), &credentials) {
@@ -177,9 +210,9 @@ impl ObjectStorage {
             let how = if is_read_only { "read-only" } else { "writable" };
             fail!(Conflict, "the volume is already at {}, but {how}", path.display());
         }
-        let shown = line.split_once(" - ").and_then(|(_, after)| after.split(' ').nth(1)).unwrap_or_default();
-        if mounts::unescaped(OsStr::new(shown)) != Path::new(&plan.source) {
-            fail!(Conflict, "{shown} is already at {}, and not {}", path.display(), plan.source);
+        let shown = source_of(&line);
+        if shown != Path::new(&plan.source) {
+            fail!(Conflict, "{} is already at {}, and not {}", shown.display(), path.display(), plan.source);
         }
         match &settings.credentials {
             Some(credentials) => self.mounter_for(QUESTION).renew(&settings.id, credentials),
@@ -305,7 +338,7 @@ mod tests {
     #[test]
     fn a_line_of_the_mount_table_says_whose_mount_it_is() {
         let id = VolumeId::new("main/data/vol-0123456789abcdef01234567").unwrap();
-        let source = source("data", "team a/x/", &mount_id(&id)).replace(' ', "\\040");
+        let source = source("data", "team a/x/", Some(7), &mount_id(&id)).replace(' ', "\\040");
         let line = |kind: &str, source: &str| format!("60 21 0:50 / /stage rw,nosuid shared:9 - {kind} {source} rw");
         assert!(is_of(&id, &line("fuse.berth", &source)));
         assert!(!is_of(&id, &line("fuse.s3fs", &source)));

@@ -23,6 +23,8 @@ pub(super) struct Plan {
     pub(super) settings: Settings,
     /// What the mount table shows.
     pub(super) source: String,
+    /// The pod's group for its volumes.
+    pub(super) group: Option<u32>,
 }
 
 impl ObjectStorage {
@@ -78,7 +80,7 @@ impl ObjectStorage {
         // As kubelet does it: what is made in a directory gets its group.
         let inherited = if group.is_some() { 0o2000 } else { 0 };
         let id = mount_id(&stage.id);
-        let source = source(&bucket, &attributes.prefix, &id);
+        let source = source(&bucket, &attributes.prefix, group, &id);
         let settings = Settings {
             id,
             endpoint,
@@ -98,7 +100,7 @@ impl ObjectStorage {
             memory: limits.memory.or(mount.memory).unwrap_or(self.mounter.memory),
             limit,
         };
-        Ok(Plan { settings, source })
+        Ok(Plan { settings, source, group })
     }
 
     /// A volume that Berth made, under its own id and without its attributes: another cluster's, say. Its notes say the rest.
