@@ -179,7 +179,7 @@ impl Namespace {
 
     async fn open_as_it_is(self: &Arc<Self>, who: Caller, ino: Ino, blind: bool) -> Answer<OpenFile> {
         for _ in 0..4 {
-            let (parent, name, key, ask, size) = {
+            let (parent, name, key, ask, known) = {
                 let tree = self.tree();
                 let node = tree.node(ino).ok_or(Errno::STALE)?;
                 let file = node.file.as_ref();
@@ -210,11 +210,20 @@ impl Namespace {
                                 None => return Err(Errno::STALE),
                             }
                         }
-                        (*parent, name.clone(), key, tree.ask(), node.facts.size())
+                        (*parent, name.clone(), key, tree.ask(), node.facts.stored.clone())
                     }
                 }
             };
-            let Some((head, first)) = self.look_inside(&key, size, blind).await? else {
+            let size = known.as_ref().map_or(0, |known| known.size);
+            let mut looked = self.look_inside(&key, size, blind).await?;
+            if let (Some((head, _)), Some(known)) = (&looked, &known)
+                && head.etag == known.etag
+                && head.size != known.size
+            {
+                // The same version has the same length. Of a body that was cut on its way nothing else may tell.
+                looked = self.head(&key).await?.map(|head| (head, None));
+            }
+            let Some((head, first)) = looked else {
                 // Gone. The kernel looks the name up again when it sees that.
                 self.learn_gone(parent, &name, ask).await?;
                 return Err(Errno::STALE);
