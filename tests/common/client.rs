@@ -26,7 +26,13 @@ pub struct Use {
 impl Default for Use {
     fn default() -> Self {
         use csi::volume_capability::access_mode::Mode;
-        Self { fs: String::new(), block: false, mode: Mode::SingleNodeMultiWriter, flags: Vec::new(), group: String::new() }
+        Self {
+            fs: String::new(),
+            block: false,
+            mode: Mode::SingleNodeMultiWriter,
+            flags: Vec::new(),
+            group: String::new(),
+        }
     }
 }
 
