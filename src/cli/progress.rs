@@ -36,8 +36,9 @@ pub(super) async fn of_volume(id: &str, socket: &Path) -> Result<Option<Status>>
 pub(super) async fn of_path(path: &Path, socket: &Path) -> Result<Answer> {
     let mounter = Mounter::new(socket, DEADLINE);
     let all = tokio::task::spawn_blocking(move || mounter.list()).await??;
-    // By its text: looking at a mount whose worker has died could hang.
-    let Some(mount) = all.into_iter().find(|mount| mount.mountpoint == path) else {
+    // By its text: looking at a mount whose worker has died could hang. One that has ended may have been there before.
+    let there = all.into_iter().filter(|mount| mount.mountpoint == path);
+    let Some(mount) = there.max_by_key(|mount| mount.worker.is_some()) else {
         bail!("cannot show {}: no mounter has mounted anything there", path.display());
     };
     let rows = [["mounted at".to_owned(), mount.mountpoint.display().to_string()]];

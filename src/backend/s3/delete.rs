@@ -18,6 +18,9 @@ impl ObjectStorage {
             // Its mark may have gone, and the bucket not yet: the name says that it was made for a volume.
             return if address.name.is_none() { remove_unmarked(bucket, &at) } else { Ok(()) };
         };
+        if found.id != address.to_string() {
+            fail!(Precondition, "{address} is another name for the volume {}: delete that", found.id);
+        }
         match (&address.name, found.state) {
             (Some(name), State::Creating) => {
                 // Nobody had it: what lies in its prefix is not its own.

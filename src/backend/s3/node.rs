@@ -108,6 +108,10 @@ impl Node for ObjectStorage {
     }
 
     fn ensure_unstaged(&self, id: &VolumeId, path: &MountPath) -> Result<()> {
+        let others = mounts::places_where(|line| is_of(id, line))?;
+        if let Some(other) = others.iter().find(|other| *other != path.as_path()) {
+            fail!(Precondition, "{id} is still published at {}", other.display());
+        }
         let mut was_there = false;
         while is_at(id, path.as_path())? {
             was_there = true;

@@ -79,13 +79,14 @@ pub(super) fn brought(secrets: &Secrets) -> Result<Option<Credentials>> {
         match (get(id), get(secret)) {
             (Some(access_key), Some(secret_key)) => {
                 let usable = |text: &str| text.chars().all(|c| c.is_ascii_graphic());
-                if !usable(access_key) || !usable(secret_key) {
-                    fail!(Denied, "the secret's {id} or {secret} has characters that no key has");
+                let session_token = get(token);
+                if !usable(access_key) || !usable(secret_key) || !session_token.is_none_or(usable) {
+                    fail!(Denied, "the secret's {id}, {secret} or {token} has characters that no key has");
                 }
                 return Ok(Some(Credentials {
                     access_key: access_key.to_owned(),
                     secret_key: secret_key.to_owned(),
-                    session_token: get(token).map(str::to_owned),
+                    session_token: session_token.map(str::to_owned),
                 }));
             }
             (Some(_), None) => fail!(Denied, "the secret has {id}, but no {secret}"),

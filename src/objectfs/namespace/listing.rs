@@ -119,7 +119,8 @@ impl Namespace {
                     node.facts.changed > begun.stamp || ours
                 }),
             };
-            if local && !listing.shown.contains(name.as_ref()) {
+            let changing = || !matches!(slot, Slot::Absent { .. }) && self.places.is_held(ino, name);
+            if (local || changing()) && !listing.shown.contains(name.as_ref()) {
                 late.push(name.clone());
             }
         }
@@ -136,7 +137,12 @@ impl Namespace {
     }
 
     fn complete(&self, tree: &mut Tree, ino: Ino, ask: Ask) {
-        let detached = tree.completed(ino, ask);
+        if self.places.is_moving(tree, ino) {
+            // Some of it is here already, and some there.
+            return;
+        }
+        // A change that the bucket has and the tree does not have yet; and MinIO's listings leave an object out for a moment while its metadata is being replaced.
+        let detached = tree.completed(ino, ask, |name| self.places.is_held(ino, name));
         if !detached.is_empty() {
             self.tell_kernel(move |kernel| {
                 detached.iter().for_each(|name| kernel.invalidate_name(ino, name.as_ref().as_ref()));

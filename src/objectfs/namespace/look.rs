@@ -139,8 +139,9 @@ impl Namespace {
             // What the directory's page has not shown is not there, if there was no other page.
             if whole {
                 let folder = self.tree().facts(parent, name).is_some_and(|facts| facts.directory);
-                if let Some(head) = object.filter(|_| !folder) {
-                    self.learn(parent, name, ask, Seen::Object(self.stored(&head, false)));
+                if !folder {
+                    let seen = object.map_or(Seen::Absent, |head| Seen::Object(self.stored(&head, false)));
+                    self.learn(parent, name, ask, seen);
                 }
                 return Ok(());
             }

@@ -83,11 +83,13 @@ impl Namespace {
         self.writable()?;
         self.check_name(parent, name)?;
         let _held = self.take(&[(parent, name)], None).await;
-        if self.find(parent, name).await? {
+        let directory = mode & S_IFMT == S_IFDIR;
+        // The condition of the PUT is about the marker, and a file of the same name would be hidden by it.
+        let horizon = if directory { Instant::now() } else { self.horizon() };
+        if self.find_since(parent, name, horizon).await?.0 {
             return Err(Errno::EXIST);
         }
         let attributes = self.inherit(parent, who, mode, rdev)?;
-        let directory = mode & S_IFMT == S_IFDIR;
         let mut key = self.tree().key_of(parent, name).ok_or(Errno::STALE)?;
         if directory {
             key.push('/');

@@ -59,6 +59,18 @@ impl Places {
             freed.await;
         }
     }
+
+    /// Is somebody moving that directory now, or one above it?
+    pub(crate) fn is_moving(&self, tree: &Tree, directory: Ino) -> bool {
+        let state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        state.moving.iter().any(|top| tree.is_below(directory, *top))
+    }
+
+    /// Is somebody changing that name now? The caller may hold the tree.
+    pub(crate) fn is_held(&self, parent: Ino, name: &str) -> bool {
+        let state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        state.names.contains(&(parent, name.to_owned()))
+    }
 }
 
 impl State {

@@ -4,7 +4,7 @@
 use std::collections::{HashMap, HashSet};
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::sync::Arc;
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
@@ -73,8 +73,11 @@ impl Namespace {
                 drop(held);
                 continue;
             }
-            let there = self.find(new_parent, new_name).await?;
-            if there && flags & RENAME_NOREPLACE != 0 {
+            let no_replace = flags & RENAME_NOREPLACE != 0;
+            // What is not to be replaced is looked for now: not every service refuses a copy that replaces something.
+            let horizon = if no_replace || directory { Instant::now() } else { self.horizon() };
+            let (there, _) = self.find_since(new_parent, new_name, horizon).await?;
+            if there && no_replace {
                 return Err(Errno::EXIST);
             }
             if places.len() == 1 {
@@ -87,7 +90,7 @@ impl Namespace {
             return if directory {
                 self.rename_directory(ino, from, to).await
             } else {
-                self.rename_file(ino, from, to, there, flags & RENAME_NOREPLACE != 0).await
+                self.rename_file(ino, from, to, there, no_replace).await
             };
         }
         Err(Errno::STALE)

@@ -516,7 +516,7 @@ impl Tree {
 
     /// A listing of the whole directory has ended: what it did not show, and what was not changed here since, is gone.
     /// Returns the names of nodes that were detached.
-    pub(crate) fn completed(&mut self, ino: Ino, ask: Ask) -> Vec<Arc<str>> {
+    pub(crate) fn completed(&mut self, ino: Ino, ask: Ask, changing: impl Fn(&str) -> bool) -> Vec<Arc<str>> {
         let gone = |tree: &Self, slot: &Slot| match slot {
             Slot::Absent { changed, .. } => *changed <= ask.stamp,
             Slot::Known(facts) => facts.seen < ask.at && facts.changed <= ask.stamp,
@@ -528,8 +528,12 @@ impl Tree {
             }),
         };
         let Some(directory) = self.directory(ino) else { return Vec::new() };
-        let lost: Vec<_> =
-            directory.names.iter().filter(|(_, slot)| gone(self, slot)).map(|(name, _)| name.clone()).collect();
+        let lost: Vec<_> = directory
+            .names
+            .iter()
+            .filter(|(name, slot)| gone(self, slot) && !changing(name))
+            .map(|(name, _)| name.clone())
+            .collect();
         let mut detached = Vec::new();
         for name in lost {
             if let Some(live) = self.live(ino, &name) {

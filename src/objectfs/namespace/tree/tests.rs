@@ -23,13 +23,15 @@ fn what_was_done_here_is_not_undone_by_an_older_answer() {
     tree.remove(ROOT, "removed");
     tree.learn(ROOT, "made", old, Seen::Absent);
     tree.learn(ROOT, "removed", old, object());
-    tree.completed(ROOT, old);
+    tree.completed(ROOT, old, |_| false);
     assert_eq!(tree.live(ROOT, "made"), Some(ino));
     assert!(tree.facts(ROOT, "removed").is_none());
     let new = tree.ask();
+    tree.completed(ROOT, new, |name| name == "made");
+    assert_eq!(tree.live(ROOT, "made"), Some(ino), "it is just being changed");
     tree.learn(ROOT, "removed", new, object());
     assert!(tree.facts(ROOT, "removed").is_some(), "somebody else has made it again");
-    tree.completed(ROOT, new);
+    tree.completed(ROOT, new, |_| false);
     assert_eq!(tree.live(ROOT, "made"), None, "a newer listing does not show it");
 }
 

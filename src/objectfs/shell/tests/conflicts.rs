@@ -125,3 +125,28 @@ async fn other_nodes_see_names_and_attributes_within_max_age() {
     assert!(two.list("").await.is_empty());
     assert!(double.keys().iter().all(|key| key.starts_with(".berth/")), "{:?}", double.keys());
 }
+
+/// What another node has just made is not replaced because a listing from before does not show it.
+#[tokio::test]
+async fn a_name_that_is_not_to_be_replaced_is_looked_for_in_the_bucket() {
+    let double = Double::new();
+    let (a, b) = (Mount::over(&double, |_| ()).await, Mount::over(&double, |_| ()).await);
+    a.mkdir("from").await.unwrap();
+    a.save("from/f", b"a").await.unwrap();
+    a.save("x", b"a").await.unwrap();
+    a.list("").await;
+    b.mkdir("to").await.unwrap();
+    for path in ["to/f", "y", "z"] {
+        b.save(path, b"b").await.unwrap();
+    }
+    double.set_abilities(super::super::super::store::Abilities {
+        conditional_copy: false,
+        ..super::super::super::store::double::ABLE
+    });
+    assert_eq!(a.rename("from", "to").await, Err(Errno::NOTEMPTY));
+    assert_eq!(a.rename_with("x", "y", 1).await, Err(Errno::EXIST));
+    assert_eq!(a.mkdir("z").await, Err(Errno::EXIST));
+    for path in ["to/f", "y", "z"] {
+        assert_eq!(b.load(path).await.unwrap(), b"b");
+    }
+}
