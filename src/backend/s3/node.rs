@@ -58,7 +58,7 @@ fn tag(mount_id: &str) -> String {
 /// The source of a mount, of its line in the mount table.
 fn source_of(line: &str) -> PathBuf {
     let shown = line.split_once(" - ").and_then(|(_, after)| after.split(' ').nth(1)).unwrap_or_default();
-    mounts::unescaped(OsStr::new(shown)).into()
+    mounts::unescaped(OsStr::new(shown))
 }
 
 /// Is this line of the mount table one of the volume's mounts?
