@@ -429,6 +429,8 @@ async fn a_volume_has_one_group_on_a_node() {
     }
     client.stage(&id, &mounted.staging, &of("5")).await.unwrap();
     client.publish(&id, &mounted.staging, &other, &of("5")).await.unwrap();
+    // What is still published is not unstaged.
+    refused(client.unstage(&id, &mounted.staging).await, Code::FailedPrecondition);
     client.unpublish(&id, &other).await.unwrap();
     client.unmount(&mounted).await;
     let mounted = client.mount(&lab, &id, "vol", &of("6")).await;

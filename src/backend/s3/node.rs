@@ -108,8 +108,12 @@ impl Node for ObjectStorage {
     }
 
     fn ensure_unstaged(&self, id: &VolumeId, path: &MountPath) -> Result<()> {
-        let others = mounts::places_where(|line| is_of(id, line))?;
-        if let Some(other) = others.iter().find(|other| *other != path.as_path()) {
+        // Refused before anything is taken away: otherwise this would wait for what only an unpublish can end.
+        let others = match is_at(id, path.as_path())? {
+            true => mounts::binds_of(path.as_path())?,
+            false => mounts::places_where(|line| is_of(id, line))?,
+        };
+        if let Some(other) = others.first() {
             fail!(Precondition, "{id} is still published at {}", other.display());
         }
         let mut was_there = false;
