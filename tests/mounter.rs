@@ -18,6 +18,7 @@ use berth::host::{fuse, mounts};
 use berth::mounter::client::{Mounter, Status};
 use berth::mounter::start::{Start, start_detached, stop};
 use berth::objectfs::settings::{Checksums, Consistency, Credentials, Endpoint, Settings};
+use common::faulty::{Fault, Faulty};
 use common::mount::{Service, Tree};
 use common::{Client, GI, Use, is_root, map, mounts_below};
 
@@ -276,6 +277,44 @@ fn a_dead_worker_is_noticed_and_its_staged_files_are_uploaded() {
     assert_eq!(std::fs::read(path.join("open")).unwrap(), b"staged ".repeat(100_000));
     assert_eq!(std::fs::read(path.join("closed")).unwrap(), b"in the bucket");
     assert_ne!(lab.worker("one"), worker);
+}
+
+/// > So is the death of one whose thread waits in the kernel for a directory that a program's rename holds.
+#[test]
+fn a_worker_that_is_killed_while_it_tells_the_kernel_something_ends() {
+    let Some(lab) = Lab::new() else { return };
+    let service = Faulty::start(lab.tree.endpoint.as_ref().unwrap());
+    let mut settings = lab.settings("one");
+    settings.endpoint.url = Some(service.url.clone());
+    let path = lab.mount(&settings);
+    let directory = path.join("directory");
+    std::fs::create_dir(&directory).unwrap();
+    for name in ["moved", "there", "goes"] {
+        std::fs::write(directory.join(name), name).unwrap();
+    }
+    // The kernel holds the directory from here on.
+    service.rule(|asked| if asked.writes() { Fault::Hold } else { Fault::None });
+    let renaming = std::thread::spawn({
+        let directory = directory.clone();
+        move || std::fs::rename(directory.join("moved"), directory.join("elsewhere"))
+    });
+    eventually("the rename waits", || (service.faults() > 0).then_some(()));
+    let worker = lab.worker("one");
+    lab.tree.raw().delete(&lab.tree.key("one/directory/goes"));
+    let is_telling = || {
+        let threads = std::fs::read_dir(format!("/proc/{worker}/task")).unwrap().flatten();
+        let mut states = threads.filter_map(|thread| std::fs::read_to_string(thread.path().join("stat")).ok());
+        states.any(|state| state.contains("(fuse-notices) D") || state.contains("(fuse-notices) S"))
+    };
+    eventually("the worker sees what has gone, and tells", || {
+        // Asks without the directory's lock: the name is known.
+        let _ = std::fs::metadata(directory.join("there"));
+        is_telling().then_some(())
+    });
+    signal(worker, rustix::process::Signal::KILL);
+    eventually("the death is noticed", || lab.status("one").worker.is_none().then_some(()));
+    renaming.join().unwrap().unwrap_err();
+    assert!(!is_alive(worker));
 }
 
 fn libc_enotconn() -> i32 {

@@ -206,6 +206,43 @@ fn lost_answers_are_no_conflicts() {
     assert!(proxy.faults() > 10, "{}", proxy.faults());
 }
 
+/// > What is in a directory that is being renamed is there all the time for whoever is in it: looking and opening wait for the
+/// > rename.
+#[test]
+fn files_are_there_while_their_directory_is_renamed() {
+    let Some((tree, proxy, options)) = behind_a_proxy() else { return };
+    let mount = tree.mount_with(&Options { stall: Some(1500), ..options });
+    fs::create_dir(mount.at("old")).unwrap();
+    let numbers = 0..6;
+    for number in numbers.clone() {
+        fs::write(mount.at(format!("old/{number}")), noise(number, 100_000)).unwrap();
+    }
+    let directory = File::open(mount.at("old")).unwrap();
+    let inside = |number| format!("/proc/self/fd/{}/{number}", std::os::fd::AsRawFd::as_raw_fd(&directory));
+    // The keys are here and there, or only there.
+    for (from, to, fault) in [("old", "new", Fault::Hold), ("new", "newer", Fault::Stall)] {
+        proxy.rule(move |asked| if asked.query.contains("delete") { fault } else { Fault::None });
+        let before = proxy.faults();
+        let (from, to) = (mount.at(from), mount.at(to));
+        std::thread::scope(|scope| {
+            let renaming = scope.spawn(|| fs::rename(&from, &to));
+            until("the rename", 20, || proxy.faults() > before);
+            // What was known is too old.
+            std::thread::sleep(Duration::from_millis(200));
+            let look = |number: u64| {
+                assert_eq!(fs::metadata(inside(number)).unwrap().len(), 100_000);
+                same(&fs::read(inside(number)).unwrap(), &noise(number, 100_000));
+            };
+            let looking: Vec<_> = numbers.clone().map(|number| scope.spawn(move || look(number))).collect();
+            std::thread::sleep(Duration::from_millis(700));
+            proxy.heal();
+            renaming.join().unwrap().unwrap();
+            looking.into_iter().for_each(|looking| looking.join().unwrap());
+        });
+    }
+    assert_eq!(names(mount.at("newer")).len(), 6);
+}
+
 /// > A body that breaks off, ends early or was changed on its way is never taken for a file's content: reading tries again.
 #[test]
 fn damaged_answers_are_never_taken_for_content() {

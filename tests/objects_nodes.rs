@@ -94,7 +94,7 @@ fn names_are_seen_elsewhere_when_they_are_old_enough(tree: &Tree) {
 }
 
 /// > A change of mode, owner or time is seen on every node when what it knew is old enough; it is no conflict with a
-/// > write on another node.
+/// > write on another node, and not lost with it.
 fn attributes_are_seen_elsewhere(tree: &Tree) {
     let (a, b) = (node(tree, "a"), node(tree, "b"));
     fs::write(a.at("f"), "x").unwrap();
@@ -109,6 +109,15 @@ fn attributes_are_seen_elsewhere(tree: &Tree) {
         assert_eq!(fs::read(a.at("f")).unwrap(), b"y");
         std::thread::sleep(OLD);
         assert_eq!(mode(&a), change);
+        // While it is open for writing there.
+        let mut open = OpenOptions::new().append(true).open(b.at("f")).unwrap();
+        open.write_all(b"z").unwrap();
+        std::thread::sleep(OLD);
+        fs::set_permissions(a.at("f"), fs::Permissions::from_mode(change | 0o111)).unwrap();
+        drop(open);
+        assert_eq!(fs::read(a.at("f")).unwrap(), b"yz");
+        std::thread::sleep(OLD);
+        assert_eq!([mode(&a), mode(&b)], [change | 0o111; 2]);
     }
 }
 

@@ -38,7 +38,7 @@ pub enum Command {
     /// Look at a configuration file.
     #[command(subcommand)]
     Config(ConfigCommand),
-    /// Look at the clusters, users and pools of a configuration file; exit 1 if anything is wrong.
+    /// Look at the pools, clusters, users and S3 services of a configuration file; exit 1 if anything is wrong.
     Doctor(doctor::DoctorArguments),
     /// Make, mount, grow and delete volumes by hand, over a driver's socket.
     Volume(volume::VolumeArguments),

@@ -72,9 +72,10 @@ pub enum VolumeCommand {
         /// It is the id of a snapshot.
         #[arg(long)]
         snapshot: bool,
-        /// The mounter's socket, where mounts of object storage are asked for.
-        #[arg(long, value_name = "PATH", default_value = SOCKET)]
-        mounter: PathBuf,
+        /// The mounter's socket, where mounts of object storage are asked for [default: that of the configuration file, or
+        /// /run/berth/mounter.sock].
+        #[arg(long, value_name = "PATH")]
+        mounter: Option<PathBuf>,
     },
     /// Mount a volume at a path of this machine.
     Mount(Mount),
@@ -182,10 +183,15 @@ fn parameter(text: &str) -> Result<(String, String), String> {
 /// # Errors
 /// When no driver is named or it can't be reached, and what the driver refuses, with its gRPC code.
 pub async fn run(arguments: VolumeArguments) -> Result<()> {
-    if let VolumeCommand::Show { id, mounter, snapshot: false } = &arguments.command
-        && id.starts_with('/')
+    let mounter = match &arguments.command {
+        VolumeCommand::Show { mounter: Some(socket), .. } => socket.clone(),
+        _ => arguments.connection.mounter()?,
+    };
+    if let VolumeCommand::Show { id, snapshot: false, .. } = &arguments.command
+        && ["/", "./", "../"].iter().any(|start| format!("{id}/").starts_with(start))
     {
-        let answer = progress::of_path(Path::new(id), mounter).await?;
+        let path = std::path::absolute(id).with_context(|| format!("cannot find {id}"))?;
+        let answer = progress::of_path(&path, &mounter).await?;
         super::say(&if arguments.json { serde_json::to_string_pretty(&answer.json)? } else { answer.text });
         return Ok(());
     }
@@ -199,7 +205,7 @@ pub async fn run(arguments: VolumeArguments) -> Result<()> {
     let kubelet = Kubelet { client: &client, staging: &staging, secrets };
     let answer = match arguments.command {
         VolumeCommand::Orphans(command) => return orphans::run(&client, &command, arguments.json).await,
-        command => answer(&kubelet, command).await?,
+        command => answer(&kubelet, command, &mounter).await?,
     };
     let text = if arguments.json { serde_json::to_string_pretty(&answer.json)? } else { answer.text };
     super::say(&text);
@@ -214,6 +220,13 @@ impl Connection {
             (None, Some(file)) => sockets_of(&Config::load(file)?, self.driver.as_deref())
                 .with_context(|| format!("cannot find a driver's sockets in {}", file.display())),
             (None, None) => bail!("cannot reach a driver: name its --socket, or its --config file"),
+        }
+    }
+
+    fn mounter(&self) -> Result<PathBuf> {
+        match &self.config {
+            Some(file) => Ok(Config::load(file)?.mounter.socket),
+            None => Ok(SOCKET.into()),
         }
     }
 }
@@ -233,7 +246,7 @@ fn sockets_of(config: &Config, name: Option<&str>) -> Result<(PathBuf, Option<Pa
     }
 }
 
-async fn answer(kubelet: &Kubelet<'_>, command: VolumeCommand) -> Result<Answer> {
+async fn answer(kubelet: &Kubelet<'_>, command: VolumeCommand, mounter: &Path) -> Result<Answer> {
     let client = kubelet.client;
     Ok(match command {
         VolumeCommand::Create(create) => {
@@ -249,9 +262,7 @@ async fn answer(kubelet: &Kubelet<'_>, command: VolumeCommand) -> Result<Answer>
             let views: Vec<_> = client.snapshots(None).await?.into_iter().map(SnapshotView::from).collect();
             Answer { json: json!({ "snapshots": views }), text: table::snapshots(&views) }
         }
-        VolumeCommand::Show { id, snapshot: false, mounter } => {
-            show(kubelet, &resolve(client, id).await?, &mounter).await?
-        }
+        VolumeCommand::Show { id, snapshot: false, .. } => show(kubelet, &resolve(client, id).await?, mounter).await?,
         VolumeCommand::Show { id, snapshot: true, .. } => {
             let found = client.snapshots(Some(&id)).await?.into_iter().next();
             let view =

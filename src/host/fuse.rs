@@ -100,6 +100,12 @@ pub fn connection_of(path: &Path) -> Result<Option<u32>> {
     Ok(mounts::line_of(path)?.as_deref().and_then(connection_in))
 }
 
+/// The number of the connection that this descriptor serves, where the kernel tells it (Linux 6.16).
+pub fn connection_of_descriptor(fuse: impl AsFd) -> Option<u32> {
+    let text = std::fs::read_to_string(format!("/proc/self/fdinfo/{}", fuse.as_fd().as_raw_fd())).ok()?;
+    text.lines().find_map(|line| line.strip_prefix("fuse_connection:")?.trim().parse().ok())
+}
+
 fn connection_in(line: &str) -> Option<u32> {
     let (before, after) = line.split_once(" - ")?;
     let kind = after.split(' ').next()?;

@@ -2,7 +2,6 @@
 //! capabilities, with one socket as their only inheritance; and found by that socket.
 
 use std::fs::File;
-use std::io::Read;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixListener;
 use std::os::unix::process::CommandExt;
@@ -139,6 +138,14 @@ impl Process {
     pub fn has_ended(&self, patience: Duration) -> bool {
         has_event(&self.descriptor, PollFlags::IN, patience)
     }
+
+    /// Has it been killed, with threads that the kernel does not let go? Their descriptors stay open.
+    pub fn is_stuck_in_its_end(&self) -> bool {
+        // Asked last: the number is still this process' then.
+        let is_dead =
+            || i32::try_from(self.pid).ok().and_then(|pid| procfs::process::Process::new(pid).ok()?.stat().ok());
+        is_dead().is_some_and(|stat| stat.state == 'Z') && !self.has_ended(Duration::ZERO)
+    }
 }
 
 /// Is the file system of this FUSE descriptor gone, by unmounting it or by an abort? (fuse_dev_poll in the kernel.)
@@ -223,26 +230,34 @@ fn become_user(uid: rustix::process::Uid, gid: rustix::process::Gid) -> rustix::
 pub struct Cgroup(PathBuf);
 
 impl Cgroup {
-    /// Makes the group `name` below `parent`, in which more than `high` bytes slow a process down and more than `most` end it.
+    /// Makes `parent` ready for groups with a limit on memory.
     ///
     /// # Errors
-    /// `Precondition` when `parent` is not one of version 2 that can be written and knows memory.
-    pub fn make(parent: &Path, name: &str, high: u64, most: u64) -> Result<Self> {
+    /// `Precondition` when it is not one of version 2 that can be written and knows memory.
+    pub fn prepare(parent: &Path) -> Result<()> {
         let what = || format!("cannot limit memory below the control group {}", parent.display());
         let refuse = |error: std::io::Error| Error::caused(ErrorKind::Precondition, what(), error);
         std::fs::create_dir_all(parent).map_err(refuse)?;
-        let mut known = String::new();
-        File::open(parent.join("cgroup.controllers"))
-            .and_then(|mut file| file.read_to_string(&mut known))
-            .map_err(refuse)?;
+        let known = std::fs::read_to_string(parent.join("cgroup.controllers")).map_err(refuse)?;
         if !known.split_whitespace().any(|controller| controller == "memory") {
             fail!(Precondition, "{}: its parent does not give it the memory controller", what());
         }
-        std::fs::write(parent.join("cgroup.subtree_control"), "+memory").map_err(refuse)?;
+        std::fs::write(parent.join("cgroup.subtree_control"), "+memory").map_err(refuse)
+    }
+
+    /// Makes the group `name` below `parent`, in which more than `high` bytes slow a process down and more than `most` end it.
+    ///
+    /// # Errors
+    /// As [`Self::prepare`].
+    pub fn make(parent: &Path, name: &str, high: u64, most: u64) -> Result<Self> {
+        Self::prepare(parent)?;
         let group = Self(parent.join(name));
-        std::fs::create_dir_all(&group.0).map_err(refuse)?;
-        std::fs::write(group.0.join("memory.high"), high.to_string()).map_err(refuse)?;
-        std::fs::write(group.0.join("memory.max"), most.to_string()).map_err(refuse)?;
+        let set = || {
+            std::fs::create_dir_all(&group.0)?;
+            std::fs::write(group.0.join("memory.high"), high.to_string())?;
+            std::fs::write(group.0.join("memory.max"), most.to_string())
+        };
+        set().context(|| format!("cannot set the limits of the control group {}", group.0.display()))?;
         Ok(group)
     }
 

@@ -21,6 +21,7 @@ use super::folders::{Folders, short_name};
 use super::protocol::{Answer, Connection, Life, Order, Report};
 use super::server::Options;
 use crate::error::{Context, Error, ErrorKind, Result};
+use crate::host::fuse;
 use crate::host::workers::{self, Cgroup, Process};
 use crate::objectfs::settings::{Credentials, Settings};
 
@@ -30,6 +31,8 @@ const QUESTION_LIMIT: Duration = Duration::from_secs(5);
 const FIRST_PAUSE: Duration = Duration::from_secs(5);
 /// ... up to this.
 const LONGEST_PAUSE: Duration = Duration::from_secs(300);
+/// So often the mounter looks whether a worker was killed and can't end.
+const STUCK_CHECK: Duration = Duration::from_secs(5);
 /// Beside the memory for data in flight: the program, connections, names.
 const OVERHEAD: u64 = 192 << 20;
 
@@ -371,10 +374,16 @@ impl Mounts {
             Life::Ended { left } => finished = Some(left),
         };
         // The kernel closes its end when it ends, whatever ends it.
-        while let Ok(Some(frame)) = connection.receive::<Answer>().await {
-            if let Answer::Life(life) = frame.message {
-                hear(life);
+        let hearing = async {
+            while let Ok(Some(frame)) = connection.receive::<Answer>().await {
+                if let Answer::Life(life) = frame.message {
+                    hear(life);
+                }
             }
+        };
+        tokio::select! {
+            () = hearing => {}
+            never = mount.free_what_is_stuck(&process) => match never {},
         }
         drop(connection);
         // Provably gone before another one touches what it has staged.
@@ -508,6 +517,29 @@ impl Mount {
             report: Mutex::default(),
             hurry: Notify::new(),
             give_way: Notify::new(),
+        }
+    }
+
+    /// A killed worker whose thread tells the kernel something waits for a directory, which a program's request to this worker
+    /// holds: neither ever ends. The connection is aborted then, which frees both.
+    async fn free_what_is_stuck(&self, process: &Process) -> std::convert::Infallible {
+        loop {
+            tokio::time::sleep(STUCK_CHECK).await;
+            if !process.is_stuck_in_its_end() {
+                continue;
+            }
+            let number = lock(&self.escrow).as_ref().and_then(fuse::connection_of_descriptor);
+            let number = number.map_or_else(|| fuse::connection_of(&self.mountpoint), |number| Ok(Some(number)));
+            let aborted = number.and_then(|number| number.map(fuse::abort).transpose());
+            match aborted {
+                Ok(Some(())) => {
+                    tracing::warn!(worker = self.worker, "a killed worker was stuck: its mount is given up")
+                }
+                Ok(None) => tracing::error!(worker = self.worker, "a killed worker is stuck: use `umount -f`"),
+                Err(error) => {
+                    tracing::error!(worker = self.worker, %error, "a killed worker is stuck: use `umount -f`")
+                }
+            }
         }
     }
 

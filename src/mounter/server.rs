@@ -13,6 +13,7 @@ use super::mounts::Mounts;
 use super::protocol::{Connection, Failure, Frame, Reply, Request};
 use crate::error::{Context, Error, Result};
 use crate::host::files::FileLock;
+use crate::host::workers::Cgroup;
 use crate::objectfs::content;
 use crate::socket::{self, Directory};
 
@@ -46,7 +47,8 @@ impl Options {
 /// Serves until SIGTERM or SIGINT. Workers go on, and the next mounter takes them over.
 ///
 /// # Errors
-/// `Precondition` when there is another mounter; when its folders or its socket can't be made.
+/// `Precondition` when there is another mounter, or the control group knows no memory; when its folders or its socket can't be
+/// made.
 pub async fn run(options: Options) -> Result<()> {
     let (run_dir, workers) = (options.run_dir.clone(), options.workers());
     socket::make_private(&run_dir)?;
@@ -64,8 +66,9 @@ pub async fn run(options: Options) -> Result<()> {
     if options.users.is_none() {
         tracing::warn!("not root: workers are this same user, and can read each other's files");
     }
-    if options.cgroup.is_none() {
-        tracing::info!("no control group is configured: workers' memory has no limit but their own budget");
+    match &options.cgroup {
+        Some(parent) => Cgroup::prepare(parent)?,
+        None => tracing::info!("no control group is configured: workers' memory has no limit but their own budget"),
     }
     let mounts = Arc::new(Mounts::new(options));
     let watch = |kind| signal(kind).context(|| "cannot watch for signals".to_owned());

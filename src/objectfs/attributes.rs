@@ -125,6 +125,29 @@ impl Attributes {
         }
     }
 
+    /// These attributes, which were `before` here, after others have changed that into `theirs`: what was changed here, and
+    /// else what they have.
+    pub fn merged(&self, before: &Self, theirs: &Self) -> Self {
+        fn pick<T: PartialEq + Clone>(ours: &T, before: &T, theirs: &T) -> T {
+            if ours == before { theirs.clone() } else { ours.clone() }
+        }
+        let names = self.xattrs.keys().chain(theirs.xattrs.keys());
+        let xattr = |name: &String| {
+            let [ours, before, theirs] = [self, before, theirs].map(|attributes| attributes.xattrs.get(name));
+            Some((name.clone(), pick(&ours, &before, &theirs)?.clone()))
+        };
+        Self {
+            mode: pick(&self.mode, &before.mode, &theirs.mode),
+            uid: pick(&self.uid, &before.uid, &theirs.uid),
+            gid: pick(&self.gid, &before.gid, &theirs.gid),
+            mtime: pick(&self.mtime, &before.mtime, &theirs.mtime),
+            ctime: self.ctime.max(theirs.ctime),
+            rdev: pick(&self.rdev, &before.rdev, &theirs.rdev),
+            xattrs: names.filter_map(xattr).collect(),
+            other: pick(&self.other, &before.other, &theirs.other),
+        }
+    }
+
     /// The metadata of an object with these attributes.
     pub fn metadata(&self) -> Metadata {
         let mut metadata = self.other.clone();
@@ -292,6 +315,25 @@ mod tests {
         assert_eq!(again.user["color"], "blue");
         assert_eq!(again.user["mode"], "33188");
         assert_eq!(again.user["xattr"], "%7");
+    }
+
+    #[test]
+    fn changes_of_two_nodes_come_together() {
+        let set = |attributes: &Attributes, name: &str, value: &[u8]| {
+            let mut attributes = attributes.clone();
+            attributes.xattrs.insert(name.to_owned(), value.to_vec());
+            attributes
+        };
+        let before = set(&set(&read(&[("mode", "33188"), ("uid", "1")]), "both", b"0"), "gone", b"0");
+        let mut ours = set(&set(&before, "both", b"ours"), "mine", b"1");
+        ours.mtime = UNIX_EPOCH + Duration::from_secs(5);
+        ours.xattrs.remove("gone");
+        let mut theirs = set(&set(&before, "both", b"theirs"), "new", b"2");
+        (theirs.mode, theirs.ctime) = (S_IFREG | 0o600, UNIX_EPOCH + Duration::from_secs(2000));
+        let merged = ours.merged(&before, &theirs);
+        assert_eq!((merged.mode, merged.uid, merged.mtime, merged.ctime), (theirs.mode, 1, ours.mtime, theirs.ctime));
+        let xattrs: Vec<_> = merged.xattrs.iter().map(|(name, value)| (name.as_str(), value.as_slice())).collect();
+        assert_eq!(xattrs, [("both", &b"ours"[..]), ("mine", b"1"), ("new", b"2")]);
     }
 
     #[test]

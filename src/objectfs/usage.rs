@@ -94,6 +94,8 @@ struct Figures {
     /// What this one has not told yet.
     own: i64,
     limit: Option<u64>,
+    /// The volume has had a `limit.json`.
+    is_managed: bool,
     is_closed: bool,
 }
 
@@ -144,7 +146,7 @@ impl Usage {
         let counter = settings.limit.clone().map(|Limit { bytes, notes }| Counter {
             notes,
             name: name(&settings.id),
-            figures: Mutex::new(Figures { shared: 0, own: 0, limit: Some(bytes), is_closed: false }),
+            figures: Mutex::new(Figures { shared: 0, own: 0, limit: Some(bytes), is_managed: false, is_closed: false }),
             round: tokio::sync::Mutex::default(),
             settings,
             store,
@@ -273,7 +275,9 @@ impl Counter {
 
     async fn take_limit(&self) -> StoreResult<()> {
         if let Some((limits, _)) = self.read::<Limits>(LIMIT).await? {
-            self.figures().limit = limits.bytes;
+            let mut figures = self.figures();
+            figures.limit = limits.bytes;
+            figures.is_managed = true;
         }
         Ok(())
     }
@@ -284,6 +288,11 @@ impl Counter {
         for _ in 0..TRIES {
             let Some((mut shared, etag)) = self.read::<Shared>(USAGE).await? else {
                 drop(round);
+                let is_managed = self.figures().is_managed;
+                if is_managed && self.read::<Limits>(LIMIT).await?.is_none() {
+                    // The volume was deleted while it was mounted: nothing of it comes back.
+                    return Ok(());
+                }
                 return self.count(None).await;
             };
             if let Some((name, bytes)) = round.doubtful.take()

@@ -245,7 +245,7 @@ impl Mount {
     }
 
     fn wait_until_mounted(&mut self) -> Result<(), String> {
-        let end = Instant::now() + Duration::from_secs(30);
+        let end = Instant::now() + Duration::from_secs(120);
         while !self.is_mounted() {
             let ended = self.process.as_mut().unwrap().try_wait().unwrap();
             if ended.is_some() || Instant::now() > end {

@@ -185,10 +185,10 @@ fn undo(address: &Address, bucket: &Bucket, wanted: &VolumeNotes) {
         // Somebody else may have been faster, and have finished it.
         match (at.read()?, &address.name) {
             (Some((found, _)), _) if found.state != State::Creating => Ok(()),
-            (Some((found, _)), Some(name)) => {
+            (Some((found, etag)), Some(name)) => {
                 notes::drop_claim(bucket, &found.prefix, name)?;
                 at.remove_figures()?;
-                Ok(at.remove()?)
+                Ok(at.remove(Some(&etag))?)
             }
             (None, Some(name)) => notes::drop_claim(bucket, &wanted.prefix, name),
             (None, None) => {

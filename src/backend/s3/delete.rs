@@ -26,7 +26,7 @@ impl ObjectStorage {
                 // Nobody had it: what lies in its prefix is not its own.
                 notes::drop_claim(bucket, &found.prefix, name)?;
                 at.remove_figures()?;
-                return Ok(at.remove()?);
+                return Ok(at.remove(None)?);
             }
             (Some(name), state) => {
                 let claimant = notes::claimant(bucket, &names::claim(&found.prefix))?;
@@ -63,7 +63,7 @@ impl ObjectStorage {
             }
         }
         at.remove_figures()?;
-        at.remove()?;
+        at.remove(None)?;
         if address.name.is_none() && !found.keeps { remove_bucket(bucket) } else { Ok(()) }
     }
 }

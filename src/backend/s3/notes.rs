@@ -120,9 +120,9 @@ impl<'a> Notes<'a> {
         self.bucket.delete(&self.key(LIMIT), None)
     }
 
-    /// The mark: after this it is nobody's.
-    pub(super) fn remove(&self) -> StoreResult<()> {
-        self.bucket.delete(&self.key(VOLUME), None)
+    /// The mark, or only this version of it: after this it is nobody's.
+    pub(super) fn remove(&self, version: Option<&Etag>) -> StoreResult<()> {
+        self.bucket.delete(&self.key(VOLUME), version)
     }
 }
 

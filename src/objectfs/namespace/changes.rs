@@ -13,6 +13,7 @@ use super::errors::refused;
 use super::facts::{Facts, Stored};
 use super::flags::O_WRONLY;
 use super::index::until_distinguishable;
+use super::look::Asker;
 use super::open::File;
 use crate::fuse::filesystem::{Answer, Caller, Ino, SetAttr, Time};
 use crate::host::Errno;
@@ -124,7 +125,7 @@ impl Namespace {
     ) -> Answer<()> {
         let held = self.take_place(ino).await;
         let parent = held.as_ref().map(|(_, parent, _)| *parent);
-        self.refresh(ino).await?;
+        self.refresh_since(ino, self.horizon(), Asker::Holder).await?;
         let mut again = 0;
         loop {
             let (key, attributes, stored, directory) = {
@@ -147,7 +148,7 @@ impl Namespace {
                     drop(state);
                     if later || file.content.is_dirty() {
                         state = file.state();
-                        state.attributes = true;
+                        state.change_attributes(node.facts.attributes.as_ref());
                         node.facts.attributes = Some(Arc::new(attributes));
                         node.facts.changed = changed;
                         return Ok(());
@@ -171,7 +172,7 @@ impl Namespace {
                         if matches!(error.kind, StoreErrorKind::Conflict | StoreErrorKind::NotFound) && again < 8 =>
                     {
                         again += 1;
-                        self.refresh_since(ino, Instant::now()).await?;
+                        self.refresh_since(ino, Instant::now(), Asker::Holder).await?;
                         continue;
                     }
                     Err(error) => Err(refused(&error)),

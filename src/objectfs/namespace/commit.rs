@@ -70,6 +70,7 @@ impl Namespace {
         parent: Ino,
         name: &str,
     ) -> Answer<()> {
+        self.take_others_attributes(ino, file).await?;
         if file.content.is_dirty() || file.state().uncommitted {
             let (intent, attributes) = self.intent(ino, file)?;
             match file.content.commit(&intent).await {
@@ -108,6 +109,35 @@ impl Namespace {
         state.exclusive = false;
         // What changed during the commit is for the next one.
         state.attributes = !node.facts.attributes.as_ref().is_some_and(|now| Arc::ptr_eq(now, attributes));
+        state.before = state.attributes.then(|| attributes.clone());
+    }
+
+    /// An etag says nothing of metadata: what others have changed of it since this node last looked is seen by a HEAD, and
+    /// kept.
+    async fn take_others_attributes(&self, ino: Ino, file: &File) -> Answer<()> {
+        let Some(before) = file.state().before.clone() else { return Ok(()) };
+        let horizon = self.horizon();
+        let (key, ask) = {
+            let tree = self.tree();
+            let node = tree.node(ino).ok_or(Errno::STALE)?;
+            if node.facts.has_fresh_attributes(horizon) {
+                return Ok(());
+            }
+            (tree.key(ino).ok_or(Errno::STALE)?, tree.ask())
+        };
+        let base = file.content.base().filter(|base| base.key == key);
+        let head = if base.is_some() { self.head(&key).await? } else { None };
+        // Other bytes, or none, are for the commit to find.
+        let Some(head) = head.filter(|head| base.is_some_and(|base| base.etag == head.etag)) else { return Ok(()) };
+        let theirs = Attributes::read(&head.metadata, head.modified, false, &self.defaults);
+        let mut tree = self.tree();
+        let Some(facts) = tree.node_mut(ino).map(|node| &mut node.facts) else { return Ok(()) };
+        facts.attributes_seen = Some(ask.at);
+        if let Some(ours) = facts.attributes.as_ref().filter(|_| theirs != *before) {
+            facts.attributes = Some(Arc::new(ours.merged(&before, &theirs)));
+            file.state().before = Some(Arc::new(theirs));
+        }
+        Ok(())
     }
 
     /// Somebody else was faster: the local version is kept on the node, and the name is theirs.

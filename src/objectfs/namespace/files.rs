@@ -13,6 +13,7 @@ use super::Namespace;
 use super::errors::{content_errno, refused};
 use super::facts::{Ask, Facts, Seen, Stored};
 use super::flags::{O_ACCMODE, O_EXCL, O_TRUNC, O_WRONLY};
+use super::look::Asker;
 use super::open::File;
 use crate::fuse::filesystem::{Answer, Caller, Ino};
 use crate::host::Errno;
@@ -63,7 +64,7 @@ impl Namespace {
         self.writable()?;
         self.check_name(parent, name)?;
         let held = self.take(&[(parent, name)], None).await;
-        if self.find(parent, name).await? {
+        if self.find(parent, name, Asker::Holder).await? {
             if flags & O_EXCL != 0 {
                 return Err(Errno::EXIST);
             }
@@ -178,8 +179,10 @@ impl Namespace {
     }
 
     async fn open_as_it_is(self: &Arc<Self>, who: Caller, ino: Ino, blind: bool) -> Answer<OpenFile> {
-        for _ in 0..4 {
-            let (parent, name, key, ask, known) = {
+        let mut asker = Asker::Other;
+        let mut _held;
+        for tries in 0..4 {
+            let (parent, name, key, ask, known, changing) = {
                 let tree = self.tree();
                 let node = tree.node(ino).ok_or(Errno::STALE)?;
                 let file = node.file.as_ref();
@@ -210,10 +213,17 @@ impl Namespace {
                                 None => return Err(Errno::STALE),
                             }
                         }
-                        (*parent, name.clone(), key, tree.ask(), node.facts.stored.clone())
+                        let changing = tries > 0 || self.places.is_changing(&tree, *parent, name);
+                        (*parent, name.clone(), key, tree.ask(), node.facts.stored.clone(), changing)
                     }
                 }
             };
+            if asker == Asker::Other && changing {
+                // It may be another name's by then: then it is looked at once more.
+                _held = self.take(&[(parent, &name)], None).await;
+                asker = Asker::Holder;
+                continue;
+            }
             let size = known.as_ref().map_or(0, |known| known.size);
             let mut looked = self.look_inside(&key, size, blind).await?;
             if let (Some((head, _)), Some(known)) = (&looked, &known)
@@ -225,10 +235,12 @@ impl Namespace {
             }
             let Some((head, first)) = looked else {
                 // Gone. The kernel looks the name up again when it sees that.
-                self.learn_gone(parent, &name, ask).await?;
+                self.learn_gone(parent, &name, ask, asker).await?;
                 return Err(Errno::STALE);
             };
-            self.learn(parent, &name, ask, Seen::Object(self.stored(&head, false)));
+            if !self.learn_of(&key, parent, &name, ask, Seen::Object(self.stored(&head, false)), asker) {
+                continue;
+            }
             let first = first.map(|first| (head.etag.clone(), first));
             if let Some(opened) = self.adopt(ino, first) {
                 return Ok(opened);
@@ -240,8 +252,8 @@ impl Namespace {
         Err(Errno::STALE)
     }
 
-    async fn learn_gone(self: &Arc<Self>, parent: Ino, name: &str, ask: Ask) -> Answer<()> {
-        let (found, _) = self.find_since(parent, name, Instant::now()).await?;
+    async fn learn_gone(self: &Arc<Self>, parent: Ino, name: &str, ask: Ask, asker: Asker) -> Answer<()> {
+        let (found, _) = self.find_since(parent, name, Instant::now(), asker).await?;
         if !found {
             self.learn(parent, name, ask, Seen::Absent);
         }
@@ -310,7 +322,7 @@ impl Namespace {
         let now = SystemTime::now();
         node.facts.changed = changed;
         if let Some(file) = &node.file {
-            file.state().attributes = true;
+            file.state().change_attributes(node.facts.attributes.as_ref());
         }
         if let Some(attributes) = &node.facts.attributes {
             // Another value, not a changed one: a commit under way tells by that what it has not sent.

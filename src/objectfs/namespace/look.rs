@@ -34,10 +34,19 @@ enum Plan {
     Anything(bool),
 }
 
+/// Who wants to know.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Asker {
+    /// Who has taken the name, in order to change it.
+    Holder,
+    /// Anybody else.
+    Other,
+}
+
 impl Namespace {
     /// Makes sure that a name and its attributes are known as of now, give or take `max_age`. `false`: it does not exist.
-    pub(super) async fn find(self: &Arc<Self>, parent: Ino, name: &str) -> Answer<bool> {
-        self.find_since(parent, name, self.horizon()).await.map(|(found, _)| found)
+    pub(super) async fn find(self: &Arc<Self>, parent: Ino, name: &str, asker: Asker) -> Answer<bool> {
+        self.find_since(parent, name, self.horizon(), asker).await.map(|(found, _)| found)
     }
 
     /// The same for what was right at the horizon or later; also says whether the bucket was asked.
@@ -46,11 +55,13 @@ impl Namespace {
         parent: Ino,
         name: &str,
         horizon: Instant,
+        mut asker: Asker,
     ) -> Answer<(bool, bool)> {
         let mut asked = false;
+        let mut _held;
         // A name can change its kind while it is looked at; not for ever.
-        for _ in 0..8 {
-            let (plan, ask) = {
+        for tries in 0..8 {
+            let (plan, ask, changing) = {
                 let mut tree = self.tree();
                 if tree.directory(parent).is_none() {
                     return Err(Errno::STALE);
@@ -90,73 +101,74 @@ impl Namespace {
                         Plan::Anything(worth && !directory.huge)
                     }
                 };
-                (plan, ask)
+                (plan, ask, tries > 0 || self.places.is_changing(&tree, parent, name))
             };
             asked = true;
-            if plan == Plan::Object && self.wants_index(parent, name, horizon) {
+            if asker == Asker::Other && changing {
+                // Nobody changes it while it is looked at.
+                _held = self.take(&[(parent, name)], None).await;
+                asker = Asker::Holder;
+                continue;
+            }
+            let key = self.tree().key_of(parent, name).ok_or(Errno::STALE)?;
+            let seen = if plan == Plan::Object && self.wants_index(parent, name, horizon) {
                 // Its neighbours are likely to be looked at next.
-                let (looked, ()) = tokio::join!(self.carry_out(parent, name, plan, ask), self.load_index(parent));
-                looked?;
+                tokio::join!(self.carry_out(parent, name, &key, plan), self.load_index(parent)).0?
             } else {
-                self.carry_out(parent, name, plan, ask).await?;
+                self.carry_out(parent, name, &key, plan).await?
+            };
+            if let Some(seen) = seen {
+                self.learn_of(&key, parent, name, ask, seen, asker);
             }
         }
         Err(Errno::IO)
     }
 
-    async fn carry_out(self: &Arc<Self>, parent: Ino, name: &str, plan: Plan, ask: Ask) -> Answer<()> {
-        let key = self.tree().key_of(parent, name).ok_or(Errno::STALE)?;
+    /// `None`: it was learned on the way.
+    async fn carry_out(self: &Arc<Self>, parent: Ino, name: &str, key: &str, plan: Plan) -> Answer<Option<Seen>> {
         let marker = format!("{key}/");
         match plan {
-            Plan::Object => match self.head(&key).await? {
-                Some(head) => self.learn(parent, name, ask, Seen::Object(self.stored(&head, false))),
-                None => self.look_at_all(parent, name, &key, false, ask).await?,
-            },
+            Plan::Object => {
+                if let Some(head) = self.head(key).await? {
+                    return Ok(Some(Seen::Object(self.stored(&head, false))));
+                }
+            }
             Plan::Marker => {
                 let head = self.head(&marker).await?;
-                let stored = head.map(|head| self.stored(&head, true));
-                self.learn(parent, name, ask, Seen::Directory(Some(stored)));
+                return Ok(Some(Seen::Directory(Some(head.map(|head| self.stored(&head, true))))));
             }
             Plan::Directory => {
                 let (head, below) = tokio::try_join!(self.head_marker(&marker), self.has_keys(&marker))?;
                 if head.is_some() || below {
-                    let stored = head.map(|head| self.stored(&head, true));
-                    self.learn(parent, name, ask, Seen::Directory(Some(stored)));
-                } else {
-                    self.look_at_all(parent, name, &key, false, ask).await?;
+                    return Ok(Some(Seen::Directory(Some(head.map(|head| self.stored(&head, true))))));
                 }
             }
-            Plan::Anything(list) => self.look_at_all(parent, name, &key, list, ask).await?,
+            Plan::Anything(_) => {}
         }
-        Ok(())
+        self.look_at_all(parent, name, key, plan == Plan::Anything(true)).await
     }
 
     /// All that a name can be, in one round trip. `list`: a page of its directory answers for its neighbours, too.
-    async fn look_at_all(self: &Arc<Self>, parent: Ino, name: &str, key: &str, list: bool, ask: Ask) -> Answer<()> {
+    async fn look_at_all(self: &Arc<Self>, parent: Ino, name: &str, key: &str, list: bool) -> Answer<Option<Seen>> {
         let marker = format!("{key}/");
         let (object, below, head) = if list {
             let (object, whole) = tokio::try_join!(self.head(key), self.list_once(parent, 1))?;
             // What the directory's page has not shown is not there, if there was no other page.
             if whole {
                 let folder = self.tree().facts(parent, name).is_some_and(|facts| facts.directory);
-                if !folder {
-                    let seen = object.map_or(Seen::Absent, |head| Seen::Object(self.stored(&head, false)));
-                    self.learn(parent, name, ask, seen);
-                }
-                return Ok(());
+                let seen = || object.map_or(Seen::Absent, |head| Seen::Object(self.stored(&head, false)));
+                return Ok((!folder).then(seen));
             }
             let (below, head) = tokio::try_join!(self.has_keys(&marker), self.head_marker(&marker))?;
             (object, below, head)
         } else {
             tokio::try_join!(self.head(key), self.has_keys(&marker), self.head_marker(&marker))?
         };
-        let seen = match (below || head.is_some(), object) {
+        Ok(Some(match (below || head.is_some(), object) {
             (true, _) => Seen::Directory(Some(head.map(|head| self.stored(&head, true)))),
             (false, Some(head)) => Seen::Object(self.stored(&head, false)),
             (false, None) => Seen::Absent,
-        };
-        self.learn(parent, name, ask, seen);
-        Ok(())
+        }))
     }
 
     /// A HEAD; `None`: there is no such key.
@@ -202,6 +214,19 @@ impl Namespace {
         self.consequences(parent, name, learned);
     }
 
+    /// Takes an answer about a key over. `false`: the name was or is being changed, so that it may say nothing of it.
+    pub(super) fn learn_of(&self, key: &str, parent: Ino, name: &str, ask: Ask, seen: Seen, asker: Asker) -> bool {
+        let mut tree = self.tree();
+        let changing = asker == Asker::Other && self.places.is_changing(&tree, parent, name);
+        if changing || tree.key_of(parent, name).as_deref() != Some(key) {
+            return false;
+        }
+        let learned = tree.learn(parent, name, ask, seen);
+        drop(tree);
+        self.consequences(parent, name, learned);
+        true
+    }
+
     pub(super) fn consequences(&self, parent: Ino, name: &str, learned: Learned) {
         match learned {
             Learned::Same => {}
@@ -228,10 +253,10 @@ impl Namespace {
 
     /// Makes sure that a node's attributes are fresh. `STALE`: it is not in the tree any more.
     pub(crate) async fn refresh(self: &Arc<Self>, ino: Ino) -> Answer<()> {
-        self.refresh_since(ino, self.horizon()).await
+        self.refresh_since(ino, self.horizon(), Asker::Other).await
     }
 
-    pub(super) async fn refresh_since(self: &Arc<Self>, ino: Ino, horizon: Instant) -> Answer<()> {
+    pub(super) async fn refresh_since(self: &Arc<Self>, ino: Ino, horizon: Instant, asker: Asker) -> Answer<()> {
         if ino == ROOT {
             return self.refresh_root(horizon).await;
         }
@@ -244,7 +269,7 @@ impl Namespace {
                 None => return Ok(()),
             }
         };
-        self.find_since(parent, &name, horizon).await?;
+        self.find_since(parent, &name, horizon, asker).await?;
         let tree = self.tree();
         match tree.node(ino) {
             Some(node) if node.place.is_some() || node.file.is_some() => Ok(()),
@@ -370,7 +395,7 @@ impl Namespace {
 
     /// Looks a name up for the kernel.
     pub(crate) async fn look_up(self: &Arc<Self>, parent: Ino, name: &str, thread: u32) -> Answer<Option<Ino>> {
-        let (found, asked) = self.find_since(parent, name, self.horizon()).await?;
+        let (found, asked) = self.find_since(parent, name, self.horizon(), Asker::Other).await?;
         if !found {
             return Ok(None);
         }

@@ -11,6 +11,7 @@ use super::super::store::{Condition, ListRequest, Payload, StoreErrorKind};
 use super::Namespace;
 use super::errors::refused;
 use super::facts::{Facts, Seen, Stored};
+use super::look::Asker;
 use super::open::File;
 use super::tree::{ROOT, Slot};
 use crate::fuse::filesystem::{Answer, Caller, Ino};
@@ -86,7 +87,7 @@ impl Namespace {
         let directory = mode & S_IFMT == S_IFDIR;
         // The condition of the PUT is about the marker, and a file of the same name would be hidden by it.
         let horizon = if directory { Instant::now() } else { self.horizon() };
-        if self.find_since(parent, name, horizon).await?.0 {
+        if self.find_since(parent, name, horizon, Asker::Holder).await?.0 {
             return Err(Errno::EXIST);
         }
         let attributes = self.inherit(parent, who, mode, rdev)?;
@@ -131,7 +132,7 @@ impl Namespace {
                     }
                     return Ok(target);
                 }
-                Err(Errno::STALE) => self.refresh_since(ino, Instant::now()).await?,
+                Err(Errno::STALE) => self.refresh_since(ino, Instant::now(), Asker::Other).await?,
                 Err(errno) => return Err(errno),
             }
         }
@@ -155,7 +156,7 @@ impl Namespace {
     pub(crate) async fn unlink(self: &Arc<Self>, parent: Ino, name: &str) -> Answer<()> {
         self.writable()?;
         let _held = self.take(&[(parent, name)], None).await;
-        if !self.find(parent, name).await? {
+        if !self.find(parent, name, Asker::Holder).await? {
             return Err(Errno::NOENT);
         }
         let (ino, file, directory) = {
@@ -298,7 +299,7 @@ impl Namespace {
     /// Takes an empty directory away.
     pub(crate) async fn remove_directory(self: &Arc<Self>, parent: Ino, name: &str) -> Answer<()> {
         self.writable()?;
-        if !self.find(parent, name).await? {
+        if !self.find(parent, name, Asker::Other).await? {
             return Err(Errno::NOENT);
         }
         let ino = {

@@ -1,7 +1,8 @@
 //! A file that is open, or that the bucket does not have as it is here: its content and what is still to be done.
 
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use super::super::attributes::Attributes;
 use super::super::content::Content;
 use super::super::usage::{Full, Usage};
 use crate::host::Errno;
@@ -26,6 +27,8 @@ pub(crate) struct State {
     pub(crate) writers: u32,
     /// Attributes have changed since the bucket had them.
     pub(crate) attributes: bool,
+    /// What they were before that, where the bucket has any.
+    pub(crate) before: Option<Arc<Attributes>>,
     /// Somebody else changed it first: nothing can be done with it any more.
     pub(crate) stale: bool,
     /// Unlinked while open: the key that it has instead.
@@ -41,6 +44,14 @@ pub(crate) struct State {
 }
 
 impl State {
+    /// Attributes change here.
+    pub(crate) fn change_attributes(&mut self, now: Option<&Arc<Attributes>>) {
+        if !self.attributes && !self.uncommitted {
+            self.before = now.cloned();
+        }
+        self.attributes = true;
+    }
+
     /// Does the bucket have nothing at all under its key? A file that was renamed before its first commit may hide
     /// what it is to replace.
     pub(crate) fn is_nothing(&self) -> bool {

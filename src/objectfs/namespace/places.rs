@@ -20,7 +20,8 @@ pub(crate) struct Places {
 struct State {
     names: HashSet<(Ino, String)>,
     directories: HashMap<Ino, u32>,
-    moving: Vec<Ino>,
+    /// Directories with all below them, and whether everybody else has left them.
+    moving: Vec<(Ino, bool)>,
 }
 
 /// Held while names are changed.
@@ -60,10 +61,15 @@ impl Places {
         }
     }
 
-    /// Is somebody moving that directory now, or one above it?
+    /// Is somebody moving that directory now, or one above it? Its keys are here and there then, and nobody holds names in it.
     pub(crate) fn is_moving(&self, tree: &Tree, directory: Ino) -> bool {
         let state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
-        state.moving.iter().any(|top| tree.is_below(directory, *top))
+        state.moving.iter().any(|(top, begun)| *begun && tree.is_below(directory, *top))
+    }
+
+    /// The same for a name: its key may be gone already, and it is not yet known what has become of it.
+    pub(crate) fn is_changing(&self, tree: &Tree, parent: Ino, name: &str) -> bool {
+        self.is_held(parent, name) || self.is_moving(tree, parent)
     }
 
     /// Is somebody changing that name now? The caller may hold the tree.
@@ -78,23 +84,24 @@ impl State {
         let other = |top: &Ino| Some(*top) != moving || !*reserved;
         let blocked = names.iter().any(|(ino, name)| {
             self.names.contains(&(*ino, (*name).to_owned()))
-                || self.moving.iter().any(|top| other(top) && tree.is_below(*ino, *top))
+                || self.moving.iter().any(|(top, _)| other(top) && tree.is_below(*ino, *top))
         });
         if blocked {
             return false;
         }
         if let Some(top) = moving {
             if !*reserved {
-                if self.moving.iter().any(|at| tree.is_below(*at, top) || tree.is_below(top, *at)) {
+                if self.moving.iter().any(|(at, _)| tree.is_below(*at, top) || tree.is_below(top, *at)) {
                     return false;
                 }
                 // From now on nothing new begins below it.
-                self.moving.push(top);
+                self.moving.push((top, false));
                 *reserved = true;
             }
             if self.directories.keys().any(|directory| tree.is_below(*directory, top)) {
                 return false;
             }
+            self.moving.iter_mut().filter(|(at, _)| *at == top).for_each(|(_, begun)| *begun = true);
         }
         for (ino, name) in names {
             self.names.insert((*ino, (*name).to_owned()));
@@ -117,7 +124,7 @@ impl Drop for Held<'_> {
             state.names.remove(&place);
         }
         if let Some(top) = self.moving {
-            state.moving.retain(|at| *at != top);
+            state.moving.retain(|(at, _)| *at != top);
         }
         drop(state);
         self.places.freed.notify_waiters();

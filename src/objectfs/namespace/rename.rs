@@ -15,6 +15,7 @@ use super::super::store::{
 };
 use super::errors::refused;
 use super::facts::Stored;
+use super::look::Asker;
 use super::tree::{ROOT, Slot};
 use super::{KEY_MAX, Namespace, at_once};
 use crate::fuse::filesystem::{Answer, Ino};
@@ -52,7 +53,7 @@ impl Namespace {
         }
         self.check_name(new_parent, new_name)?;
         for _ in 0..8 {
-            if !self.find(parent, name).await? {
+            if !self.find(parent, name, Asker::Other).await? {
                 return Err(Errno::NOENT);
             }
             let (ino, directory) = {
@@ -69,14 +70,14 @@ impl Namespace {
             }
             let held = self.take(&places, directory.then_some(ino)).await;
             // It may have changed while we waited.
-            if !self.find(parent, name).await? || self.tree().live(parent, name) != Some(ino) {
+            if !self.find(parent, name, Asker::Holder).await? || self.tree().live(parent, name) != Some(ino) {
                 drop(held);
                 continue;
             }
             let no_replace = flags & RENAME_NOREPLACE != 0;
             // What is not to be replaced is looked for now: not every service refuses a copy that replaces something.
             let horizon = if no_replace || directory { Instant::now() } else { self.horizon() };
-            let (there, _) = self.find_since(new_parent, new_name, horizon).await?;
+            let (there, _) = self.find_since(new_parent, new_name, horizon, Asker::Holder).await?;
             if there && no_replace {
                 return Err(Errno::EXIST);
             }
@@ -226,7 +227,7 @@ impl Namespace {
                         return Err(Errno::EXIST);
                     }
                     // Another version by now: that is renamed.
-                    let (found, _) = self.find_since(from.0, from.1, std::time::Instant::now()).await?;
+                    let (found, _) = self.find_since(from.0, from.1, std::time::Instant::now(), Asker::Holder).await?;
                     if !found {
                         return Err(Errno::NOENT);
                     }

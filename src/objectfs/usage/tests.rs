@@ -58,6 +58,19 @@ async fn mount(store: &Arc<Double>, limit: u64) -> Usage {
 }
 
 #[tokio::test]
+async fn nothing_comes_back_of_a_volume_that_is_deleted_under_its_mount() {
+    let store = fresh(100);
+    let usage = mount(&store, 100).await;
+    usage.grow(60).unwrap();
+    for name in [USAGE, LIMIT] {
+        store.delete(&format!("{NOTES}{name}"), None).await.unwrap();
+    }
+    usage.round().await;
+    usage.close().await;
+    assert!(store.object(&format!("{NOTES}{USAGE}")).is_none());
+}
+
+#[tokio::test]
 async fn two_mounts_see_what_each_has_written() {
     let store = fresh(100);
     let (one, two) = (mount(&store, 100).await, mount(&store, 100).await);
