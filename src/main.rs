@@ -9,7 +9,7 @@ use berth::backend::nvme::Nvme;
 use berth::backend::s3::ObjectStorage;
 use berth::cli::{self, Arguments, Command, ConfigCommand};
 use berth::config::{BackendKind, Config, Driver};
-use berth::host::processes;
+use berth::host::{memory, processes};
 use berth::locks::Locks;
 use berth::objectfs::store::blocking::Buckets;
 use berth::objectfs::store::places::Services;
@@ -23,6 +23,7 @@ const RUNTIME_THREADS: usize = 2;
 fn main() {
     // Everything that is made from here on is private unless it says otherwise.
     rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o077));
+    memory::keep_little();
     let result = run(Arguments::parse());
     if let Err(error) = &result {
         eprintln!("berth: {error:#}");

@@ -20,7 +20,7 @@ use std::time::Duration;
 
 use berth::fuse::Ended;
 use berth::host::fuse::{abort, connection_of, waiting};
-use berth::host::{descriptors, mounts};
+use berth::host::{channel, mounts};
 use common::is_root;
 use memory_mount::Mount;
 use rustix::event::{PollFd, PollFlags};
@@ -197,8 +197,8 @@ fn a_descriptor_is_served_by_whoever_gets_it() {
     let mut mount = Mount::unserved(Duration::ZERO);
     // Before INIT, over a socket as a mounter gets it.
     let (left, right) = std::os::unix::net::UnixStream::pair().unwrap();
-    descriptors::send(&left, b"x", &[mount.descriptor.as_fd()]).unwrap();
-    let (_, mut received) = descriptors::receive(&right, &mut [0; 1]).unwrap();
+    channel::send(&left, b"x", &[mount.descriptor.as_fd()]).unwrap();
+    let mut received = channel::receive(&right, &mut [0; 1]).unwrap().descriptors;
     mount.descriptor = received.pop().unwrap();
     mount.serve(None, false);
     assert_eq!(mount.agreed().max_write, 1 << 20);

@@ -5,7 +5,7 @@ mod common;
 
 use std::fs::File;
 use std::io::Write;
-use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -36,7 +36,11 @@ struct Lab {
 impl Lab {
     /// `None`, and why is said: this machine can't.
     fn new() -> Option<Self> {
-        let tree = Tree::new(Service::Minio)?;
+        Self::on(Service::Minio)
+    }
+
+    fn on(service: Service) -> Option<Self> {
+        let tree = Tree::new(service)?;
         // Workers have to get to their folders.
         std::fs::set_permissions(tree.dir.path(), std::fs::Permissions::from_mode(0o711)).unwrap();
         let mut lab = Self { tree, mounter: None };
@@ -427,6 +431,56 @@ fn a_mount_is_served_once() {
     let error = hasty.ended("one").unwrap_err();
     assert_eq!(error.kind(), ErrorKind::OutcomeUnknown, "{error}");
     assert!(error.to_string().contains("still mounted"), "{error}");
+}
+
+/// A further key of the lab's S3 user, gone with the value.
+struct Key(Credentials);
+
+impl Key {
+    fn new(name: &str) -> Self {
+        let name = format!("{name}{}", std::process::id());
+        Self::admin(&["create", "--access-key", &name, "--secret-key", &name]);
+        Self(Credentials { access_key: name.clone(), secret_key: name, session_token: None })
+    }
+
+    fn admin(arguments: &[&str]) {
+        let conf = Path::new(&std::env::var_os("BERTH_LAB").unwrap()).join("ceph.conf");
+        let mut command = Command::new("radosgw-admin");
+        command.arg("--conf").arg(conf).args(["key", arguments[0], "--uid=berth", "--key-type=s3"]);
+        assert!(command.args(&arguments[1..]).output().unwrap().status.success(), "{arguments:?}");
+    }
+}
+
+impl Drop for Key {
+    fn drop(&mut self) {
+        Self::admin(&["rm", "--access-key", &self.0.access_key]);
+    }
+}
+
+/// > Keys that the service does not take any more are EACCES; with new ones, which the driver hands over when kubelet brings
+/// > them, the mount goes on, and nothing is lost.
+#[test]
+fn a_mount_goes_on_with_new_credentials() {
+    let Some(lab) = Lab::on(Service::Rgw) else { return };
+    let old = Key::new("old");
+    let path = lab.mount(&Settings { credentials: Some(old.0.clone()), max_age: 100, ..lab.settings("one") });
+    let file = File::create(path.join("file")).unwrap();
+    drop(old);
+    let refused = eventually("the old key is refused", || {
+        file.write_all_at(b"staged", 0).unwrap();
+        file.sync_all().err()
+    });
+    assert_eq!(refused.raw_os_error(), Some(rustix::io::Errno::ACCESS.raw_os_error()), "{refused}");
+    let worker = lab.worker("one");
+    let new = Key::new("new");
+    lab.client().renew("one", &new.0).unwrap();
+    file.sync_all().unwrap();
+    assert_eq!(lab.object("one", "file").unwrap(), b"staged");
+    std::fs::write(path.join("another"), "with the new key").unwrap();
+    assert_eq!(lab.worker("one"), worker);
+    drop(file);
+    mounts::unmount_top(&path).unwrap();
+    lab.client().ended("one").unwrap();
 }
 
 /// > Who may not be root or the same user is not listened to; what can't be opened says why, and leaves no process.

@@ -16,6 +16,17 @@ pub fn page_size() -> usize {
     usize::try_from(size).unwrap_or(4096)
 }
 
+/// Sets the C library's heap to give large blocks back when they are freed: by itself it learns from the first of them to keep
+/// the next, and has a heap for each of many threads. For the beginning of a process.
+pub fn keep_little() {
+    #[cfg(target_env = "gnu")]
+    for (option, value) in [(libc::M_MMAP_THRESHOLD, 128 << 10), (libc::M_ARENA_MAX, 2)] {
+        #[expect(unsafe_code, reason = "no crate in use wraps mallopt")]
+        // SAFETY: it takes two integers, and a process that begins has one thread.
+        let _ = unsafe { libc::mallopt(option, value) };
+    }
+}
+
 /// Unmaps this program's code. What runs comes back from the page cache; what only the beginning needed does not count as
 /// this process's memory any more, and the kernel can do without it.
 pub fn forget_code() {

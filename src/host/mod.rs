@@ -7,7 +7,6 @@ mod busy;
 pub mod ceph;
 pub mod channel;
 pub mod command;
-pub mod descriptors;
 pub mod extents;
 pub mod files;
 pub mod filesystem;

@@ -72,7 +72,7 @@ impl Default for Tuning {
             in_flight: 8,
             uploads: 32,
             early: 16 * MIB,
-            early_after: Duration::from_secs(5),
+            early_after: Duration::from_secs(10),
             block: MIB,
             piece: 128 * KIB,
             get: 4 * MIB,
