@@ -15,6 +15,11 @@ impl Secrets {
         Self(values.into_iter().collect())
     }
 
+    /// Is there nothing in it?
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
     /// The value of a key, for the call that needs it and nothing else.
     pub fn reveal(&self, key: &str) -> Option<&str> {
         self.0.get(key).map(String::as_str)

@@ -478,9 +478,19 @@ fn a_mount_goes_on_with_new_credentials() {
     assert_eq!(lab.object("one", "file").unwrap(), b"staged");
     std::fs::write(path.join("another"), "with the new key").unwrap();
     assert_eq!(lab.worker("one"), worker);
+    // Unmounted with a key that is good no more: the next stage brings one, and what is staged is uploaded with it.
+    drop(new);
+    eventually("the new key is refused, too", || {
+        file.write_all_at(b"left", 0).unwrap();
+        file.sync_all().err()
+    });
     drop(file);
     mounts::unmount_top(&path).unwrap();
+    eventually("its end waits", || lab.status("one").worker.is_none().then_some(()));
+    let newest = Key::new("newest");
+    lab.client().renew("one", &newest.0).unwrap();
     lab.client().ended("one").unwrap();
+    assert_eq!(lab.object("one", "file").unwrap(), b"lefted");
 }
 
 /// > Who may not be root or the same user is not listened to; what can't be opened says why, and leaves no process.

@@ -11,6 +11,7 @@ use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use berth::mounter::client::Mounter;
 use berth::objectfs::settings::{Checksums, Credentials, Endpoint};
 use berth::objectfs::store::{Condition, ListRequest, Metadata, Payload, S3, Store, connect};
 use berth::proto::csi;
@@ -380,6 +381,61 @@ async fn what_is_written_on_a_mount_is_in_the_bucket_and_the_driver_may_be_kille
     assert_eq!(lab.mounts(), [""; 0]);
     again.delete(&id).await.unwrap();
     assert_eq!(keys(&data).await, [""; 0]);
+}
+
+/// > A mount whose worker has died, with or without mounter and driver, is made again when a pod is published, whoever that is;
+/// > pods that had it before have it again when they are published again. Nothing that was closed is lost.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_dead_mount_is_made_again_with_the_next_pod() {
+    needs_minio!();
+    needs_fuse!();
+    let (minio, mut lab, mut client) = lab().await;
+    let socket = lab.path("mounter/sock");
+    let _stop = StopMounter(socket.clone());
+    minio.made("data").await;
+    let id = client.try_create(claimed("vol")).await.unwrap().volume_id;
+    let kill = |pid: &str| {
+        let pid = rustix::process::Pid::from_raw(pid.trim().parse().unwrap()).unwrap();
+        rustix::process::kill_process(pid, rustix::process::Signal::KILL).unwrap();
+    };
+    for with_all in [false, true] {
+        let mounted = client.mount(&lab, &id, "vol", &Use::default()).await;
+        common::write(mounted.file("closed"), "one");
+        let open = std::fs::File::create(mounted.file("staged")).unwrap();
+        std::io::Write::write_all(&mut &open, b"two").unwrap();
+        let mounter = Mounter::new(&socket, Duration::from_secs(10));
+        let worker = tokio::task::block_in_place(|| mounter.list().unwrap()[0].worker.unwrap());
+        if with_all {
+            lab.kill();
+            kill(&std::fs::read_to_string(lab.path("mounter/mounter.lock")).unwrap());
+        }
+        kill(&worker.to_string());
+        let end = Instant::now() + Duration::from_secs(30);
+        while std::fs::metadata(mounted.file("closed")).is_ok() {
+            assert!(Instant::now() < end, "it goes on without its worker");
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+        drop(open);
+        if with_all {
+            let mut again = lab.start().await;
+            (again.secrets, again.contexts) = (client.secrets.clone(), client.contexts.clone());
+            client = again;
+        }
+        let other = lab.target("other");
+        client.publish(&id, &mounted.staging, &other, &Use::default()).await.unwrap();
+        let there = |name: &str| common::read(Path::new(&other).join(name));
+        assert_eq!((there("closed"), there("staged")), (b"one".to_vec(), b"two".to_vec()));
+        // No container that starts there now writes into the empty directory below.
+        std::fs::metadata(mounted.file("closed")).unwrap_err();
+        client.publish(&id, &mounted.staging, &mounted.target, &Use::default()).await.unwrap();
+        assert_eq!(common::read(mounted.file("closed")), b"one");
+        client.stage(&id, &mounted.staging, &Use::default()).await.unwrap();
+        client.unpublish(&id, &other).await.unwrap();
+        refused(client.delete(&id).await, Code::FailedPrecondition);
+        client.unmount(&mounted).await;
+    }
+    client.delete(&id).await.unwrap();
+    assert_eq!(lab.mounts(), [""; 0]);
 }
 
 /// > A claim's size is the volume's: beyond it is ENOSPC, and when the claim has grown, a mount that is there learns

@@ -276,7 +276,10 @@ fn detached(settings: &Settings, path: &Path, socket: &Path) -> Result<()> {
     if let Some(there) = mounter.status(&settings.id)?
         && there.worker.is_some()
     {
-        bail!("cannot mount it at {}: it is mounted at {}", path.display(), there.mountpoint.display());
+        // Unmounted a moment ago it is brought to its end first.
+        mounter.ended(&settings.id).with_context(|| {
+            format!("cannot mount it at {}: it is or was mounted at {}", path.display(), there.mountpoint.display())
+        })?;
     }
     let descriptor = mount(settings, path)?;
     if let Err(error) = mounter.serve(settings, path, descriptor) {

@@ -32,18 +32,24 @@ pub(super) async fn of_volume(id: &str, socket: &Path) -> Result<Option<Status>>
     tokio::task::spawn_blocking(find).await?
 }
 
-/// The mount at a path of this machine.
-pub(super) async fn of_path(path: &Path, socket: &Path) -> Result<Answer> {
+/// The mount at a path of this machine. `None`: there is none, and it need not be a path.
+pub(super) async fn of_path(path: &Path, socket: &Path, is_path: bool) -> Result<Option<Answer>> {
     let mounter = Mounter::new(socket, DEADLINE);
+    if !is_path && !mounter.is_there() {
+        return Ok(None);
+    }
     let all = tokio::task::spawn_blocking(move || mounter.list()).await??;
     // By its text: looking at a mount whose worker has died could hang. One that has ended may have been there before.
     let there = all.into_iter().filter(|mount| mount.mountpoint == path);
     let Some(mount) = there.max_by_key(|mount| mount.worker.is_some()) else {
+        if !is_path {
+            return Ok(None);
+        }
         bail!("cannot show {}: no mounter has mounted anything there", path.display());
     };
     let rows = [["mounted at".to_owned(), mount.mountpoint.display().to_string()]];
     let text = columns(["id", &mount.id], rows.into_iter().chain(rows_of(&mount)));
-    Ok(Answer { text, json: json(&mount) })
+    Ok(Some(Answer { text, json: json(&mount) }))
 }
 
 /// Lines for people.

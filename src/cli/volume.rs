@@ -188,10 +188,9 @@ pub async fn run(arguments: VolumeArguments) -> Result<()> {
         _ => arguments.connection.mounter()?,
     };
     if let VolumeCommand::Show { id, snapshot: false, .. } = &arguments.command
-        && ["/", "./", "../"].iter().any(|start| format!("{id}/").starts_with(start))
+        && let path = std::path::absolute(id).with_context(|| format!("cannot find {id}"))?
+        && let Some(answer) = progress::of_path(&path, &mounter, id.starts_with('/')).await?
     {
-        let path = std::path::absolute(id).with_context(|| format!("cannot find {id}"))?;
-        let answer = progress::of_path(&path, &mounter).await?;
         super::say(&if arguments.json { serde_json::to_string_pretty(&answer.json)? } else { answer.text });
         return Ok(());
     }
@@ -262,7 +261,21 @@ async fn answer(kubelet: &Kubelet<'_>, command: VolumeCommand, mounter: &Path) -
             let views: Vec<_> = client.snapshots(None).await?.into_iter().map(SnapshotView::from).collect();
             Answer { json: json!({ "snapshots": views }), text: table::snapshots(&views) }
         }
-        VolumeCommand::Show { id, snapshot: false, .. } => show(kubelet, &resolve(client, id).await?, mounter).await?,
+        VolumeCommand::Show { id, snapshot: false, .. } => {
+            let shown = async { show(kubelet, &resolve(client, id.clone()).await?, mounter).await };
+            match (shown.await, progress::of_volume(&id, mounter).await) {
+                // The service may be away: what is on its way from this node is known here.
+                (Err(error), Ok(Some(mount))) => {
+                    let rows = [["driver".to_owned(), format!("{error:#}")]];
+                    let text = columns(["id", &id], rows.into_iter().chain(progress::rows(&mount)));
+                    Answer {
+                        json: json!({ "id": id, "error": format!("{error:#}"), "mount": progress::json(&mount) }),
+                        text,
+                    }
+                }
+                (shown, _) => shown?,
+            }
+        }
         VolumeCommand::Show { id, snapshot: true, .. } => {
             let found = client.snapshots(Some(&id)).await?.into_iter().next();
             let view =

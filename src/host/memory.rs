@@ -122,10 +122,14 @@ mod tests {
     #[test]
     fn code_runs_on_without_its_pages() {
         let mapped = || Process::myself().unwrap().status().unwrap().rssfile.unwrap();
-        advise_code(libc::MADV_POPULATE_READ);
-        let before = mapped();
-        forget_code();
-        assert!(mapped() < before / 2, "{before} KiB before, {} after", mapped());
+        // Other tests run meanwhile, and bring back what they need.
+        let shrinks = || {
+            advise_code(libc::MADV_POPULATE_READ);
+            let before = mapped();
+            forget_code();
+            mapped() < before / 2
+        };
+        assert!((0..50).any(|_| shrinks()));
     }
 
     #[test]

@@ -29,7 +29,7 @@ pub struct Plan<'a> {
     /// All of its environment.
     pub environment: &'a [(String, String)],
     /// Its user and group, where this process may choose. `None`: as this process.
-    pub user: Option<u32>,
+    pub user: Option<(u32, u32)>,
     /// Its control group: made by [`Cgroup::make`].
     pub cgroup: Option<&'a Cgroup>,
 }
@@ -41,7 +41,7 @@ pub struct Plan<'a> {
 pub fn start(plan: &Plan<'_>, listener: UnixListener) -> Result<Worker> {
     let what = || "cannot start a worker".to_owned();
     let members = plan.cgroup.map(Cgroup::members).transpose()?;
-    let user = plan.user.map(|user| (rustix::process::Uid::from_raw(user), rustix::process::Gid::from_raw(user)));
+    let user = plan.user.map(|(uid, gid)| (rustix::process::Uid::from_raw(uid), rustix::process::Gid::from_raw(gid)));
     #[expect(clippy::disallowed_methods, reason = "a worker is meant to outlive this process")]
     let mut command = Command::new("/proc/self/exe");
     command.arg0("berth").args(plan.arguments).env_clear().envs(plan.environment.iter().cloned());

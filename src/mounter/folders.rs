@@ -18,9 +18,9 @@ use crate::objectfs::settings::Settings;
 const PASSAGE: u32 = 0o711;
 /// A folder of one worker.
 const PRIVATE: u32 = 0o700;
-/// The cache: everybody may put something there and reads what he knows the name of; nobody takes away or lists what is
-/// another's.
-const SHARED: u32 = 0o1733;
+/// The cache, which has the workers' group: each of them may put something there and reads what he knows the name of; none takes
+/// away or lists what is another's.
+const SHARED: u32 = 0o1730;
 
 /// The users that workers may be.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -88,12 +88,12 @@ impl Folders {
         Self { users, choosing: Mutex::default() }
     }
 
-    /// Makes what the settings name, if missing, and hands it to the volume's user, who is returned.
+    /// Makes what the settings name, if missing, and hands it to the volume's user, who is returned with the group of all workers.
     ///
     /// # Errors
     /// `Invalid` for an id that is no folder's name; `Precondition` when the user could not get there; `Exhausted` when there are
     /// more volumes than users.
-    pub(super) fn prepare(&self, settings: &Settings) -> Result<Option<u32>> {
+    pub(super) fn prepare(&self, settings: &Settings) -> Result<Option<(u32, u32)>> {
         check_id(&settings.id)?;
         let Some(users) = self.users else {
             make(&settings.staging, PRIVATE)?;
@@ -105,6 +105,8 @@ impl Folders {
         check_passage(&settings.staging)?;
         if let Some(cache) = &settings.cache {
             make(cache, SHARED)?;
+            let what = || format!("cannot hand {} to the group {}", cache.display(), users.first);
+            std::os::unix::fs::lchown(cache, None, Some(users.first)).context(what)?;
             check_passage(cache.parent().unwrap_or(cache))?;
         }
         let _one = self.choosing.lock().unwrap_or_else(PoisonError::into_inner);
@@ -112,14 +114,14 @@ impl Folders {
         make(&folder, PRIVATE)?;
         let owner = look(&folder)?.uid();
         if users.contains(owner) {
-            return Ok(Some(owner));
+            return Ok(Some((owner, users.first)));
         }
         let taken = owners(&settings.staging)?;
         let Some(user) = users.choose(&settings.id, |user| taken.contains(&user)) else {
             fail!(Exhausted, "cannot start a worker for {}: each user of {users:?} has a volume", settings.id);
         };
         give(&folder, user)?;
-        Ok(Some(user))
+        Ok(Some((user, users.first)))
     }
 
     /// Takes a volume's staging folder away if nothing is in it any more but the lock of who has used it.

@@ -103,6 +103,8 @@ impl Attributes {
             Some(parsed)
         }
         let number = |text: &str| text.trim().parse::<u32>().ok();
+        // The largest number says "nobody" to the kernel: such a file could not even be removed.
+        let id = |text: &str| number(text).filter(|id| *id != u32::MAX);
         let mode = take(&mut other, "mode", parse_mode);
         let mtime = take(&mut other, "mtime", parse_time).unwrap_or(modified);
         let default = if directory { defaults.dir_mode } else { defaults.file_mode };
@@ -115,8 +117,8 @@ impl Attributes {
         };
         Self {
             mode: kind | mode & 0o7777,
-            uid: take(&mut other, "uid", number).unwrap_or(defaults.uid),
-            gid: take(&mut other, "gid", number).unwrap_or(defaults.gid),
+            uid: take(&mut other, "uid", id).unwrap_or(defaults.uid),
+            gid: take(&mut other, "gid", id).unwrap_or(defaults.gid),
             ctime: take(&mut other, "ctime", parse_time).unwrap_or(mtime.max(modified)),
             mtime,
             rdev: take(&mut other, "rdev", number).unwrap_or(0),

@@ -235,9 +235,11 @@ impl FileSystem for ObjectFs {
         self.names.set_xattr(ino, text(name)?, &value, flags).await
     }
 
-    async fn listxattr(&self, _who: Caller, ino: Ino) -> Answer<Vec<OsString>> {
+    async fn listxattr(&self, who: Caller, ino: Ino) -> Answer<Vec<OsString>> {
         let names = self.names.xattrs(ino).await?;
-        Ok(names.into_iter().map(|name| OsString::from_vec(name.into_bytes())).collect())
+        // xattr(7): only who may read them sees that they are there.
+        let shown = names.into_iter().filter(|name| who.uid == 0 || !name.starts_with("trusted."));
+        Ok(shown.map(|name| OsString::from_vec(name.into_bytes())).collect())
     }
 
     async fn removexattr(&self, _who: Caller, ino: Ino, name: &OsStr) -> Answer<()> {

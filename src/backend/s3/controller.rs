@@ -2,6 +2,7 @@
 
 use super::ObjectStorage;
 use super::names::{self, Address};
+use super::node::places_of;
 use super::notes::{Notes, State, VolumeNotes};
 use super::parameters::{ClassParameters, MutableParameters, check_capability};
 use crate::backend::{Controller, Growth, Listing, Modification, VolumeHealth};
@@ -42,6 +43,13 @@ impl Controller for ObjectStorage {
     fn ensure_absent(&self, id: &VolumeId, secrets: &Secrets) -> Result<()> {
         // Any other handle is that of a volume that somebody wrote by hand: its files are not ours to delete.
         let Some(address) = Address::of(id) else { return Ok(()) };
+        if let Some(place) = places_of(id)?.first() {
+            fail!(
+                Precondition,
+                "{id} is mounted at {} of this machine: unpublish and unstage it first",
+                place.display()
+            );
+        }
         let Some(bucket) = self.bucket(&address, secrets)? else {
             fail!(Precondition, "{id} lies in service {}, which is not configured here: not deleted", address.site);
         };

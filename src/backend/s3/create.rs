@@ -153,6 +153,15 @@ fn make_prefix(
     if let Some(other) = bucket.list(&below)?.objects.iter().find(|object| object.key != names::claim(prefix)) {
         return Err(taken(&format!("holds that of another volume ({}): choose another `path`", other.key)));
     }
+    for (end, _) in prefix.match_indices('/') {
+        let object = &prefix[..end];
+        let there = ListRequest { prefix: object.to_owned(), limit: Some(1), ..ListRequest::default() };
+        if bucket.list(&there)?.objects.iter().any(|found| found.key == object) {
+            return Err(taken(&format!(
+                "lies below the object {object:?}, where MinIO hides files: choose another `path`"
+            )));
+        }
+    }
     let inside = ListRequest { prefix: prefix.clone(), limit: Some(1), ..ListRequest::default() };
     if let Some(foreign) = bucket.list(&inside)?.objects.first() {
         fail!(

@@ -15,7 +15,7 @@ impl ObjectStorage {
     pub(super) fn delete(&self, address: &Address, bucket: &Bucket) -> Result<()> {
         let at = Notes::of(address, bucket);
         let Some((found, etag)) = at.read()? else {
-            // Its mark may have gone, and the bucket not yet: the name says that it was made for a volume.
+            // Its mark may have gone, and the bucket not yet: if it is empty it goes, whosever it is.
             return if address.name.is_none() { remove_unmarked(bucket, &at) } else { Ok(()) };
         };
         if found.id != address.to_string() {
@@ -64,7 +64,15 @@ impl ObjectStorage {
         }
         at.remove_figures()?;
         at.remove(None)?;
-        if address.name.is_none() && !found.keeps { remove_bucket(bucket) } else { Ok(()) }
+        if address.name.is_some() || found.keeps {
+            return Ok(());
+        }
+        remove_bucket(bucket).inspect_err(|error| {
+            // The next call is to say so again: without a mark nothing would be ours any more.
+            if error.kind() == ErrorKind::Precondition {
+                let _ = at.write(&VolumeNotes { state: State::Deleting, ..found }, &Condition::Absent);
+            }
+        })
     }
 }
 
@@ -128,7 +136,11 @@ fn remove_unmarked(bucket: &Bucket, at: &Notes<'_>) -> Result<()> {
     match at.remove_figures() {
         Err(error) if error.kind == StoreErrorKind::NoBucket => Ok(()),
         Err(error) => Err(error.into()),
-        Ok(()) => remove_bucket(bucket),
+        Ok(()) => match remove_bucket(bucket) {
+            // Kept with its files (`onDelete: retain`), or never ours.
+            Err(error) if error.kind() == ErrorKind::Precondition => Ok(()),
+            result => result,
+        },
     }
 }
 

@@ -17,6 +17,21 @@ pub fn examine(service: &Service, buckets: &Buckets) -> Vec<Finding> {
         Ok(credentials) => credentials,
         Err(error) => return vec![Finding::wrong(&subject, error.to_string(), "make the files readable for berth")],
     };
+    if credentials.is_none() && !service.chain {
+        let url = endpoint_of(service).ok().and_then(|endpoint| endpoint.url);
+        if let Some(url) = url.filter(|url| !super::node::reaches(url)) {
+            return vec![Finding::wrong(
+                &subject,
+                format!("{url} accepts no connection"),
+                "check `url` and the network",
+            )];
+        }
+        return vec![Finding::doubtful(
+            &subject,
+            "has neither keys nor `chain` here: not asked, and volumes are not listed",
+            "right on nodes; give a controller accessKeyFile and secretKeyFile, or `chain: true`",
+        )];
+    }
     let open = |name: &str| -> Result<Bucket> {
         let mut endpoint = endpoint_of(service)?;
         endpoint.patience = 5_000;
@@ -33,13 +48,6 @@ pub fn examine(service: &Service, buckets: &Buckets) -> Vec<Finding> {
             findings.push(Finding::wrong(&subject, error.to_string(), advice));
             return findings;
         }
-    }
-    if credentials.is_none() && !service.chain {
-        findings.push(Finding::doubtful(
-            &subject,
-            "has neither keys nor `chain`: volumes are not listed",
-            "give it accessKeyFile and secretKeyFile, or `chain: true`",
-        ));
     }
     for name in &service.buckets {
         findings.push(examine_bucket(&format!("{}/{name}", service.name), open(name)));

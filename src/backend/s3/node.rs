@@ -67,6 +67,11 @@ fn is_of(id: &VolumeId, line: &str) -> bool {
     fields.next() == Some(TYPE) && fields.next().is_some_and(|source| source.ends_with(&tag(&mount_id(id))))
 }
 
+/// Where the volume is mounted on this machine.
+pub(super) fn places_of(id: &VolumeId) -> Result<Vec<PathBuf>> {
+    mounts::places_where(|line| is_of(id, line))
+}
+
 fn is_at(id: &VolumeId, path: &Path) -> Result<bool> {
     Ok(mounts::line_of(path)?.is_some_and(|line| is_of(id, &line)))
 }
@@ -91,6 +96,7 @@ impl Node for ObjectStorage {
     fn ensure_staged(&self, stage: &Stage, secrets: &Secrets) -> Result<()> {
         let plan = self.plan(stage, secrets)?;
         let path = stage.path.as_path();
+        self.ensure_mounter()?;
         while is_at(&stage.id, path)? {
             match self.death(&stage.id, path)? {
                 None => {
@@ -111,7 +117,7 @@ impl Node for ObjectStorage {
         // Refused before anything is taken away: otherwise this would wait for what only an unpublish can end.
         let others = match is_at(id, path.as_path())? {
             true => mounts::binds_of(path.as_path())?,
-            false => mounts::places_where(|line| is_of(id, line))?,
+            false => places_of(id)?,
         };
         if let Some(other) = others.first() {
             fail!(Precondition, "{id} is still published at {}", other.display());
@@ -138,6 +144,7 @@ impl Node for ObjectStorage {
     fn ensure_alive(&self, stage: &Stage, target: &MountPath, secrets: &Secrets) -> Result<()> {
         let (id, staging) = (&stage.id, stage.path.as_path());
         if is_at(id, staging)? {
+            self.ensure_mounter()?;
             if let Access::Mount { group, .. } = &stage.capability.access {
                 check_group(id, mount_group(group)?, staging)?;
             }
@@ -230,12 +237,20 @@ impl ObjectStorage {
 
     /// One mount for each volume and node.
     fn check_elsewhere(&self, stage: &Stage, plan: &Plan) -> Result<()> {
-        let places = mounts::places_where(|line| is_of(&stage.id, line))?;
-        if let Some(place) = places.first() {
-            fail!(Precondition, "{} is staged at {} already", stage.id, place.display());
+        for place in places_of(&stage.id)? {
+            // What pods that were there before have of a dead mount stays until they go: nothing writes below it.
+            if self.disconnection(&place)?.is_none() {
+                fail!(Precondition, "{} is staged at {} already", stage.id, place.display());
+            }
         }
-        self.ensure_mounter()?;
-        // What an earlier mount has not yet brought to the bucket has to be there before another one begins.
+        // What an earlier mount has not yet brought to the bucket has to be there before another one begins. Its own keys may
+        // be good no more.
+        if let Some(credentials) = &plan.settings.credentials
+            && let Err(error) = self.mounter_for(QUESTION).renew(&plan.settings.id, credentials)
+            && !matches!(error.kind(), ErrorKind::NotFound | ErrorKind::Precondition)
+        {
+            return Err(error);
+        }
         self.mounter_for(self.patience).ended(&plan.settings.id)
     }
 
@@ -290,7 +305,7 @@ impl NodeHealth for ObjectStorage {
     fn volume(&self, id: &VolumeId, path: Option<&Path>) -> Result<Option<Vec<HealthProblem>>> {
         let is_here = match path {
             Some(path) => is_at(id, path)?,
-            None => !mounts::places_where(|line| is_of(id, line))?.is_empty(),
+            None => !places_of(id)?.is_empty(),
         };
         if !is_here {
             return Ok(None);
@@ -329,7 +344,7 @@ impl NodeHealth for ObjectStorage {
 }
 
 /// Does anybody accept connections there?
-fn reaches(url: &str) -> bool {
+pub(super) fn reaches(url: &str) -> bool {
     let (scheme, host) = url.split_once("://").unwrap_or(("https", url));
     let host = host.trim_end_matches('/');
     let has_port = host.rsplit_once(':').is_some_and(|(_, port)| port.parse::<u16>().is_ok());

@@ -72,7 +72,7 @@ const NAMES: [[&str; 3]; 3] = [
 /// What the call's secret has.
 ///
 /// # Errors
-/// `Denied` for half of a pair.
+/// `Denied` for half of a pair, and for a secret with nothing of it.
 pub(super) fn brought(secrets: &Secrets) -> Result<Option<Credentials>> {
     for [id, secret, token] in NAMES {
         let get = |key: &str| secrets.reveal(key).map(str::trim).filter(|value| !value.is_empty());
@@ -95,6 +95,13 @@ pub(super) fn brought(secrets: &Secrets) -> Result<Option<Credentials>> {
     }
     if secrets.reveal("secretAccessKey").is_some() || secrets.reveal("AWS_SECRET_ACCESS_KEY").is_some() {
         fail!(Denied, "the secret has a secret access key, but no accessKeyId");
+    }
+    if !secrets.is_empty() {
+        // With the driver's own keys instead, who mistypes a name would get rights that nobody meant to give.
+        fail!(
+            Denied,
+            "the secret has neither accessKeyId and secretAccessKey nor AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+        );
     }
     Ok(None)
 }
@@ -133,9 +140,11 @@ mod tests {
         assert_eq!((found.access_key.as_str(), found.session_token.as_deref()), ("id", Some("t")));
         assert!(brought(&secrets(&[("AWS_ACCESS_KEY_ID", "id"), ("AWS_SECRET_ACCESS_KEY", "s")])).unwrap().is_some());
         assert!(brought(&secrets(&[("accessKeyID", "id"), ("secretAccessKey", "s")])).unwrap().is_some());
-        assert!(brought(&secrets(&[("other", "x")])).unwrap().is_none());
+        assert!(brought(&Secrets::default()).unwrap().is_none());
         for half in [
-            &[("accessKeyId", "id")][..],
+            // Not the driver's own keys instead: a name may be mistyped.
+            &[("access_key_id", "id"), ("secret_access_key", "s")][..],
+            &[("accessKeyId", "id")],
             &[("secretAccessKey", "s")],
             &[("accessKeyId", "i d"), ("secretAccessKey", "s")],
         ] {

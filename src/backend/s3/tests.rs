@@ -158,7 +158,7 @@ fn a_bucket_that_holds_something_is_nobodys_volume() {
     let name = id.as_str().split('/').next_back().unwrap().to_owned();
     lab.cloud.make(&name).put_raw("precious", "x", Metadata::default());
     refused(lab.create(&wanted), ErrorKind::Conflict);
-    refused(lab.delete(&id), ErrorKind::Precondition);
+    lab.delete(&id).unwrap();
     assert_eq!(lab.cloud.bucket(&name).unwrap().keys(), ["precious"]);
 }
 
@@ -171,8 +171,10 @@ fn retained_files_stay_and_only_the_notes_go() {
         let prefix = made.context.get("prefix").cloned().unwrap_or_default();
         let bucket = lab.cloud.bucket(&made.context["bucket"]).unwrap();
         bucket.put_raw(&format!("{prefix}file"), "x", Metadata::default());
-        lab.delete(&made.id).unwrap();
-        assert_eq!(bucket.keys(), [format!("{prefix}file")]);
+        for _ in 0..2 {
+            lab.delete(&made.id).unwrap();
+            assert_eq!(bucket.keys(), [format!("{prefix}file")]);
+        }
         assert_eq!(lab.listed(), [""; 0]);
         refused(
             lab.create(&spec("pvc-1", GI, parameters)),

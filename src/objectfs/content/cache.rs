@@ -5,9 +5,9 @@
 //! has a checksum for each chunk, so that what is torn, foreign or cut counts as not there. The workers of a node are of
 //! one trust: whoever can write here as one of them can make up blocks with right checksums.
 //!
-//! The folders are like `/tmp` without the right to list: anybody may add, and read what it knows the name of. So a
-//! worker can't evict; [`evict`] is for who can list, the mounter, and is tried by everybody. One level of folders keeps
-//! each at a few thousand files.
+//! The folders are like `/tmp` without the right to list: every worker may add, and read what it knows the name of; nobody
+//! else gets in. So a worker can't evict; [`evict`] is for who can list, the mounter, and is tried by everybody. One level of
+//! folders keeps each at a few thousand files.
 //!
 //! Nothing here may fail or delay a read: a full disk, a missing right or a queue that is behind only mean no cache.
 

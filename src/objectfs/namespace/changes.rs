@@ -226,7 +226,10 @@ impl Namespace {
         self.refresh(ino).await?;
         let tree = self.tree();
         let attributes = tree.node(ino).and_then(|node| node.facts.attributes.as_ref()).ok_or(Errno::STALE)?;
-        Ok(attributes.xattrs.keys().cloned().collect())
+        // Other clients may have written what no program could ask for.
+        let is_name =
+            |name: &&String| check_xattr(name).is_ok() && name.len() <= XATTR_NAME_MAX && !name.contains('\0');
+        Ok(attributes.xattrs.keys().filter(is_name).cloned().collect())
     }
 
     /// Sets an extended attribute. ENOSPC: S3 has 2 KiB for all metadata.

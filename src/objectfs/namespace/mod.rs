@@ -142,6 +142,10 @@ impl Namespace {
         if parent == ROOT && self.is_hidden(name) {
             return Err(Errno::PERM);
         }
+        // Only MinIO's listings tell metadata, and only MinIO keeps a file of this name as a directory's marker.
+        if name.ends_with("__XLDIR__") && self.store.abilities().listed_metadata {
+            return Err(Errno::INVAL);
+        }
         let key = self.tree().key_of(parent, name).ok_or(Errno::STALE)?;
         // One more for the `/` of a directory.
         if key.len() >= KEY_MAX { Err(Errno::NAMETOOLONG) } else { Ok(()) }

@@ -18,7 +18,7 @@ const PAGE: usize = 1000;
 
 /// Deletes keys. Those that no XML can hold go one by one.
 pub(super) async fn delete(s3: &S3, keys: &[String]) -> StoreResult<()> {
-    let (odd, plain): (Vec<_>, Vec<_>) = keys.iter().partition(|key| key.chars().any(char::is_control));
+    let (odd, plain): (Vec<_>, Vec<_>) = keys.iter().partition(|key| key.chars().any(is_beyond_xml));
     for page in plain.chunks(PAGE) {
         delete_page(s3, page).await?;
     }
@@ -26,6 +26,11 @@ pub(super) async fn delete(s3: &S3, keys: &[String]) -> StoreResult<()> {
         s3.delete(key, None).await?;
     }
     Ok(())
+}
+
+/// XML 1.0, 2.2, and what services take for that.
+fn is_beyond_xml(letter: char) -> bool {
+    letter.is_control() || matches!(letter, '\u{fffe}' | '\u{ffff}')
 }
 
 async fn delete_page(s3: &S3, keys: &[&String]) -> StoreResult<()> {
