@@ -56,8 +56,14 @@ impl Namespace {
             return if file.state().stale { Err(Errno::STALE) } else { Ok(()) };
         };
         let result = self.commit_held(ino, file, parent, &name).await;
-        if result.is_ok() {
-            self.index_later(parent);
+        match result {
+            Ok(()) => self.index_later(parent),
+            // Who sets a version aside says so.
+            Err(Errno::STALE) if !file.state().stale => {
+                let (base, key) = (file.content.base(), self.tree().key_of(parent, &name));
+                tracing::error!(?key, ?base, "the bucket does not have this file any more, or another one: ESTALE");
+            }
+            Err(_) => {}
         }
         result
     }
