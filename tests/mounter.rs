@@ -380,7 +380,8 @@ fn a_worker_may_do_nothing_but_its_work() {
     }
 }
 
-/// > Two volumes' workers are two users: neither reads what the other has staged.
+/// > Two volumes' workers are two users: neither reads what the other has staged. They share the cache, into which nobody else
+/// > gets.
 #[test]
 fn workers_can_not_read_each_others_files() {
     let Some(lab) = Lab::new() else { return };
@@ -405,6 +406,17 @@ fn workers_can_not_read_each_others_files() {
         assert!(list(may, folder) && !list(may_not, folder));
     }
     assert!(!list(one, &lab.path("staging")) && !list(one, &lab.path("run")));
+    let cache = lab.path("cache");
+    lab.tree.raw().put(&lab.tree.key("one/large"), &[3; 5 << 20], &[]);
+    assert_eq!(std::fs::read(lab.path("mnt-one/large")).unwrap().len(), 5 << 20);
+    eventually("a worker caches", || cache.read_dir().unwrap().next().map(drop));
+    let stat = cache.metadata().unwrap();
+    assert_eq!((stat.mode() & 0o7777, stat.gid()), (0o1730, *USERS.start()));
+    let enters = |user: u32, group: u32| {
+        let mut command = Command::new("test");
+        command.arg("-x").arg(&cache).uid(user).gid(group).status().unwrap().success()
+    };
+    assert!(enters(two, *USERS.start()) && !enters(4242, 4242));
 }
 
 /// > The same mount handed over again is served already; one with other settings is refused; other credentials are taken over.
@@ -551,12 +563,9 @@ impl Drop for Started {
     }
 }
 
-/// > The driver may be killed, stay away and come back under live mounts: programs notice nothing.
-#[test]
-fn mounts_outlive_their_driver() {
-    let Some(tree) = Tree::new(Service::Minio) else { return };
-    let service = tree.endpoint.clone().unwrap();
-    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
+/// A driver that is to be started, and that starts a mounter, for a bucket of the tree's service.
+fn driven(tree: &Tree, kind: &str, more: &str) -> (common::Lab, Started) {
+    let service = tree.endpoint.as_ref().unwrap();
     let mut lab = common::Lab::bare();
     std::fs::set_permissions(lab.path("."), std::fs::Permissions::from_mode(0o711)).unwrap();
     let started = Started(lab.path("mounter/m.sock"));
@@ -566,18 +575,69 @@ fn mounts_outlive_their_driver() {
     let folder = lab.path("");
     let path = |name: &str| folder.join(name).display().to_string();
     lab.config.services = Some(format!(
-        "services:\n  - {{name: main, kind: minio, url: '{}', buckets: [{}], accessKeyFile: {}, secretKeyFile: {}}}",
+        "services:\n  - {{name: main, kind: {kind}, url: '{}', buckets: [{}], accessKeyFile: {}, secretKeyFile: {}}}",
         service.url,
         tree.bucket,
         path("access"),
         path("secret")
     ));
     lab.config.extra = format!(
-        "mounter: {{start: true, socket: {}, staging: {}, cache: {}}}",
+        "{more}\nmounter: {{start: true, socket: {}, staging: {}, cache: {}}}",
         started.0.display(),
         path("staging-of-files"),
         path("cache")
     );
+    (lab, started)
+}
+
+fn runtime() -> tokio::runtime::Runtime {
+    tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap()
+}
+
+/// > What a mount left to upload when its keys ended is uploaded with those that the next stage brings.
+#[test]
+fn a_stage_brings_keys_for_what_is_still_to_be_uploaded() {
+    let Some(tree) = Tree::new(Service::Rgw) else { return };
+    let runtime = runtime();
+    let (mut lab, started) = driven(&tree, "ceph-rgw", "deadlines: {command: 3s}");
+    let secrets = |key: &Key| {
+        let pair = [("accessKeyId", key.0.access_key.as_str()), ("secretAccessKey", key.0.secret_key.as_str())];
+        [(); 2].map(|()| map(&pair))
+    };
+    let mut client = runtime.block_on(lab.start());
+    let old = Key::new("ending");
+    client.secrets = secrets(&old);
+    let mut request = Client::request("left", GI, &Use::default());
+    request.parameters = map(&[("bucket", &tree.bucket), ("consistency", "write-back")]);
+    let id = runtime.block_on(client.try_create(request)).unwrap().volume_id;
+    let mounted = runtime.block_on(client.mount(&lab, &id, "one", &Use::default()));
+    let file = File::create(mounted.file("file")).unwrap();
+    drop(old);
+    eventually("the old key is refused", || {
+        file.write_all_at(b"staged", 0).unwrap();
+        file.sync_all().err()
+    });
+    drop(file);
+    runtime.block_on(client.unpublish(&id, &mounted.target)).unwrap();
+    let refused = runtime.block_on(client.unstage(&id, &mounted.staging)).unwrap_err();
+    assert!(refused.message().contains("on its way"), "{refused}");
+    let new = Key::new("coming");
+    client.secrets = secrets(&new);
+    let stage = || runtime.block_on(client.stage(&id, &mounted.staging, &Use::default())).ok();
+    eventually("it is staged", stage);
+    runtime.block_on(client.publish(&id, &mounted.staging, &mounted.target, &Use::default())).unwrap();
+    assert_eq!(std::fs::read(mounted.file("file")).unwrap(), b"staged");
+    runtime.block_on(client.remove(&mounted));
+    assert!(Mounter::new(&started.0, DEADLINE).list().unwrap().is_empty());
+}
+
+/// > The driver may be killed, stay away and come back under live mounts: programs notice nothing.
+#[test]
+fn mounts_outlive_their_driver() {
+    let Some(tree) = Tree::new(Service::Minio) else { return };
+    let service = tree.endpoint.clone().unwrap();
+    let runtime = runtime();
+    let (mut lab, started) = driven(&tree, "minio", "");
     let secrets = || [(); 2].map(|()| map(&[("accessKeyId", &service.access), ("secretAccessKey", &service.secret)]));
     let mut client = runtime.block_on(lab.start());
     client.secrets = secrets();

@@ -438,6 +438,27 @@ async fn a_dead_mount_is_made_again_with_the_next_pod() {
     assert_eq!(lab.mounts(), [""; 0]);
 }
 
+/// > `berth doctor` is content with a node's services, which have no keys; one that can't be reached is wrong.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_nodes_services_need_no_keys() {
+    needs_minio!();
+    let minio = Minio::start().await;
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("berth.yaml");
+    for (url, code, said) in
+        [(minio.url.as_str(), 0, "right on nodes"), ("http://127.0.0.1:9", 1, "accepts no connection")]
+    {
+        let socket = dir.path().join("none").display().to_string();
+        let text = format!(
+            "services: [{{name: main, kind: minio, url: '{url}'}}]\nmounter: {{start: true, socket: {socket}/m}}\n\
+             drivers: [{{backend: s3, role: node, socket: {socket}/s}}]\n"
+        );
+        std::fs::write(&file, text).unwrap();
+        let (out, _) = common::berth(&["doctor", "--config", file.to_str().unwrap()], code);
+        assert!(out.contains(said), "{out}");
+    }
+}
+
 /// > A claim's size is the volume's: beyond it is ENOSPC, and when the claim has grown, a mount that is there learns
 /// > of it by itself.
 #[tokio::test(flavor = "multi_thread")]

@@ -293,6 +293,9 @@ fn attributes_of_other_tools_are_read(tree: &Tree) {
         b"x",
         &[("mode", "rw-r--r--"), ("uid", "me"), ("mtime", "yesterday"), ("xattr", "%%%")],
     );
+    // The number by which the kernel says "nobody", and names that no program could ask for beside one that it could.
+    let xattrs = "%7B%22%22%3A%22dg%3D%3D%22%2C%22foo%22%3A%22dg%3D%3D%22%2C%22user.x%22%3A%22dg%3D%3D%22%7D";
+    raw.put(&tree.key("nobodys"), b"x", &[("uid", "4294967295"), ("gid", "4294967295"), ("xattr", xattrs)]);
     let mount = tree.mount();
     let stat = |name: &str| {
         let stat = fs::symlink_metadata(mount.at(name)).unwrap();
@@ -316,6 +319,12 @@ fn attributes_of_other_tools_are_read(tree: &Tree) {
         assert!(mode & 0o170_000 == 0o100_000 && (now - mtime).abs() < 600, "{name}: {mode:o} {mtime}");
         assert_eq!(fs::read(mount.at(name)).unwrap(), b"x");
     }
+    assert_eq!((stat("nobodys").1, stat("nobodys").2), (stat("nothing").1, stat("nothing").2));
+    let mut listed = [0; 64];
+    let length = listxattr(mount.at("nobodys"), &mut listed[..]).unwrap();
+    assert_eq!(&listed[..length], b"user.x\0");
+    fs::set_permissions(mount.at("nobodys"), fs::Permissions::from_mode(0o600)).unwrap();
+    fs::remove_file(mount.at("nobodys")).unwrap();
 }
 
 /// > Metadata and content types that are not ours are kept by chmod, by a write and by a rename.

@@ -172,7 +172,7 @@ fn symbolic_links_are_kept(tree: &Tree) {
     assert_eq!(fs::read(mount.at("d/f")).unwrap(), b"found");
 }
 
-const ODD: [&str; 24] = [
+const ODD: [&str; 26] = [
     " ",
     "a b",
     "a+b",
@@ -197,6 +197,9 @@ const ODD: [&str; 24] = [
     "back\\slash",
     "e\u{301}",
     "$HOME",
+    // No XML can hold these.
+    "\u{1}",
+    "\u{fffe}\u{ffff}",
 ];
 
 /// > A name may hold anything but `/` and NUL; what looks the same and is not (é in its two spellings) stays two names.
@@ -241,6 +244,11 @@ fn names_have_a_limit(tree: &Tree) {
     fails(fs::create_dir(mount.at(&long)), libc::ENAMETOOLONG);
     fails(symlink("x", mount.at(&long)), libc::ENAMETOOLONG);
     fails(fs::rename(mount.at(&fits), mount.at(&long)), libc::ENAMETOOLONG);
+    // MinIO keeps such a file as a directory's marker: it is refused there, and not lost.
+    match fs::write(mount.at("a__XLDIR__"), "kept") {
+        Ok(()) => assert_eq!(fs::read(tree.elsewhere().at("a__XLDIR__")).unwrap(), b"kept"),
+        refused => fails(refused, libc::EINVAL),
+    }
 }
 
 /// > What is not there is ENOENT, and what lies below a file ENOTDIR; afterwards nothing is there that was not before.

@@ -142,6 +142,11 @@ fn no_prefix_is_shared_silently() {
     let said = refused(lab.create(&spec("b", GI, &at("foreign"))), ErrorKind::Precondition);
     assert!(said.contains("foreign/file"), "{said}");
     assert_eq!(lab.keys(), before);
+    // MinIO would hide what lies below an object.
+    for path in ["foreign/file", "foreign/file/below"] {
+        refused(lab.create(&spec("b", GI, &at(path))), ErrorKind::Conflict);
+        assert_eq!(lab.keys(), before, "{path}");
+    }
     lab.create(&spec("b", GI, &at("team/models2"))).unwrap();
     lab.delete(&first.id).unwrap();
     lab.create(&spec("c", GI, &at("team/models"))).unwrap();
