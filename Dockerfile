@@ -25,9 +25,11 @@ LABEL org.opencontainers.image.title="Berth" \
       org.opencontainers.image.licenses="Apache-2.0" \
       org.opencontainers.image.version="${VERSION}" \
       org.opencontainers.image.revision="${REVISION}"
-# The certificates that S3 services are checked with; mkfs.xfs; mkfs.ext4, and e2fsck for a person with a damaged volume. Everything else (mounting, loop devices, growing) Berth asks of the kernel.
+# The certificates that S3 services are checked with; mkfs.xfs; mkfs.ext4, and e2fsck for a person with a damaged volume; LVM and
+# cryptsetup for volume groups; wipefs (util-linux is there) for what is on a disk. Everything else (mounting, loop devices, quotas, growing)
+# Berth asks of the kernel.
 RUN apt-get update \
-    && apt-get install -y --no-install-recommends ca-certificates e2fsprogs xfsprogs \
+    && apt-get install -y --no-install-recommends ca-certificates cryptsetup-bin e2fsprogs lvm2 xfsprogs \
     && rm -rf /var/lib/apt/lists/*
 COPY --from=build /out/berth /usr/bin/berth
 # Root, and privileged in its pod: a node driver mounts file systems where kubelet and every pod see them, and attaches

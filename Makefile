@@ -30,7 +30,7 @@ check: ## Format, lints, documentation, dependencies, unit tests
 test: ## Everything that this machine can test, after installing what that needs
 	@scripts/test.sh
 
-test-vm: ## What needs a kernel with CephFS, in a virtual machine that has one
+test-vm: ## What needs NVMe disks, device mapper, quotas or the kernel's CephFS, in virtual machines (VM_ONLY="local sanity" is a part)
 	@scripts/test-vm.sh
 
 sanity: ## csi-sanity against the real binary (DRIVER=nvme, cephfs or s3)
@@ -48,6 +48,7 @@ lab-down: ## Stop that cluster and remove it
 bench: ## The figures of docs/benchmarks.md, measured here
 	@scripts/setup.sh bench
 	cargo bench --quiet --bench berth
+	@scripts/bench-vm.sh
 
 clean: ## Remove what was built
 	cargo clean

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Installs what is missing on a Debian machine. setup.sh run: what the driver calls; setup.sh test: what the tests need too;
-# setup.sh bench: what the benchmark needs; setup.sh lab: what scripts/lab.sh needs.
+# setup.sh bench: what the benchmark needs; setup.sh lab: what scripts/lab.sh needs; setup.sh vm: what tests in a virtual
+# machine need inside.
 # Prints a line for each thing that can't be had; the tests then skip what needs it, and say so.
 set -euo pipefail
 cache=${XDG_CACHE_HOME:-$HOME/.cache}/berth
@@ -23,6 +24,13 @@ case ${1:-run} in test | bench)
   need setfattr attr
   need fio fio
   need s3fs s3fs
+esac
+case ${1:-run} in test | vm)
+  need lvm lvm2
+  need cryptsetup cryptsetup-bin
+  need strip binutils
+  need sgdisk gdisk
+  need nvme nvme-cli
 esac
 if [ "${1:-run}" = bench ]; then
   need fusermount3 fuse3 # rclone calls it

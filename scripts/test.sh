@@ -62,12 +62,14 @@ if [ "$(id -u)" = 0 ]; then
   part sanity make --no-print-directory sanity DRIVER=nvme
   part sanity-cephfs make --no-print-directory sanity DRIVER=cephfs
   part sanity-s3 make --no-print-directory sanity DRIVER=s3
+  # A part of what `make test-vm` has, which takes more than half an hour in all.
+  part vm env VM_ONLY="${VM_ONLY:-sanity}" VM_CLASSES="${VM_CLASSES:-directory}" make --no-print-directory test-vm
 else
-  echo "SKIPPED csi-sanity: needs root, for loop devices and mounts" | tee "$log/sanity"
+  echo "SKIPPED csi-sanity and virtual machines: need root, for loop devices and mounts" | tee "$log/sanity"
 fi
 
 # Cargo says `test result: ok. 7 passed; 0 failed`, the sanity suite `mount: 75 run, 75 passed, 0 failed`.
-count() { cat "$log"/{check,integration,sanity,sanity-cephfs,sanity-s3} 2>/dev/null | grep -oE "[0-9]+ $1" | awk '{n += $1} END {print n + 0}'; }
+count() { cat "$log"/{check,integration,sanity,sanity-cephfs,sanity-s3,vm} 2>/dev/null | grep -oE "[0-9]+ $1" | awk '{n += $1} END {print n + 0}'; }
 echo
 grep -hE '^ *SKIPPED ' "$log"/* | sed 's/^ *//' | sort -u
 [ ${#failed[@]} = 0 ] || echo "FAILED: ${failed[*]}"

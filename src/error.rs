@@ -75,6 +75,15 @@ impl Error {
     pub fn kind(&self) -> ErrorKind {
         self.kind
     }
+
+    /// The number of the system call's error (errno(3)) that caused it, if one did.
+    pub fn os_error(&self) -> Option<i32> {
+        let cause = self.cause()?;
+        match cause.downcast_ref::<Self>() {
+            Some(error) => error.os_error(),
+            None => cause.downcast_ref::<std::io::Error>()?.raw_os_error(),
+        }
+    }
 }
 
 impl fmt::Display for Error {
@@ -130,5 +139,12 @@ mod tests {
         assert_eq!(disk.kind(), ErrorKind::Exhausted);
         let error = Error::caused(ErrorKind::Internal, "cannot create vol-1", disk);
         assert_eq!(error.to_string(), "cannot create vol-1: cannot write descriptor: no storage space");
+    }
+
+    #[test]
+    fn the_number_of_the_error_is_found_however_deep_it_lies() {
+        let disk = Error::io("cannot mount", std::io::Error::from_raw_os_error(22));
+        assert_eq!(Error::caused(ErrorKind::Internal, "cannot stage", disk).os_error(), Some(22));
+        assert_eq!(Error::new(ErrorKind::Busy, "busy").os_error(), None);
     }
 }

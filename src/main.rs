@@ -50,6 +50,7 @@ fn run(arguments: Arguments) -> anyhow::Result<()> {
             Ok(())
         }
         Command::Doctor(arguments) => cli::doctor::run(arguments, runtime.handle()),
+        Command::Pool(arguments) => cli::pool::run(arguments),
         Command::Volume(arguments) => runtime.block_on(cli::volume::run(arguments)),
         Command::Mount(arguments) => runtime.block_on(cli::mount::run(arguments)),
         Command::Mounter(arguments) => runtime.block_on(cli::mounter::run(arguments)),
@@ -77,9 +78,13 @@ fn drivers(config: &Config, metrics: &Arc<Metrics>) -> Vec<(Driver, Front)> {
 fn backend(kind: BackendKind, config: &Config, metrics: &Arc<Metrics>) -> Backend {
     match kind {
         BackendKind::Nvme => {
-            let nvme = Nvme::new(&config.node, &config.pools, config.deadlines.command);
-            let starting = nvme.clone();
-            tokio::task::spawn_blocking(move || starting.start());
+            let nvme =
+                Nvme::new(&config.node, &config.labels, &config.pools, config.deadlines.command, &config.cgroups);
+            let (starting, metrics) = (nvme.clone(), metrics.clone());
+            tokio::task::spawn_blocking(move || {
+                starting.start();
+                starting.watch(metrics);
+            });
             nvme.backend()
         }
         BackendKind::Cephfs => Cephfs::new(config, metrics.clone()).backend(),

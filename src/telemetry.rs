@@ -13,6 +13,7 @@ use tracing_subscriber::EnvFilter;
 
 use crate::config::Log;
 use crate::error::{Error, ErrorKind, Result};
+use crate::host::smart::Smart;
 
 /// Starts logging to standard error. Call it once.
 pub fn start_logging(log: &Log) -> Result<()> {
@@ -38,6 +39,43 @@ pub struct Metrics {
     ceph: Family<CephLabels, Histogram>,
     in_flight: Family<DriverLabels, Gauge>,
     memory: Gauge<i64, AtomicI64>,
+    pools: Pools,
+}
+
+/// The gauges of local storage.
+#[derive(Default)]
+struct Pools {
+    up: Family<PoolLabels, Gauge>,
+    size: Family<PoolLabels, Gauge>,
+    free: Family<PoolLabels, Gauge>,
+    stray: Family<PoolLabels, Gauge>,
+    fallback: Family<FallbackLabels, Gauge>,
+    wear: Family<PoolLabels, Gauge>,
+    warning: Family<PoolLabels, Gauge>,
+    media_errors: Family<PoolLabels, Gauge>,
+}
+
+/// How big a pool, or its part on one disk, is.
+#[derive(Clone, Copy, Debug)]
+pub struct PoolFigures {
+    /// Bytes.
+    pub size: u64,
+    /// Bytes that nothing lies on.
+    pub free: u64,
+    /// Bytes that have left their volume's limit. `None`: nobody can tell.
+    pub stray: Option<u64>,
+}
+
+/// A pool, and the disk's serial number where it is the part of a pool on one disk.
+#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
+struct PoolLabels {
+    pool: String,
+    disk: String,
+}
+
+#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
+struct FallbackLabels {
+    pool: String,
 }
 
 #[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
@@ -77,7 +115,28 @@ impl Default for Metrics {
         );
         registry.register("rpc_in_flight", "CSI calls being answered now", in_flight.clone());
         registry.register_with_unit("process_resident_memory", "Memory of this process", Unit::Bytes, memory.clone());
-        Self { registry, calls, ceph, in_flight, memory }
+        let pools = Pools::default();
+        pools.register(&mut registry);
+        Self { registry, calls, ceph, in_flight, memory, pools }
+    }
+}
+
+impl Pools {
+    fn register(&self, registry: &mut Registry) {
+        registry.register("pool_up", "Can the pool, or its part on this disk, be used?", self.up.clone());
+        registry.register_with_unit("pool_size", "Size of the pool's file system", Unit::Bytes, self.size.clone());
+        registry.register_with_unit("pool_free", "What is free on it", Unit::Bytes, self.free.clone());
+        let stray = "What has left its volume's limit, by another project id";
+        registry.register_with_unit("pool_stray", stray, Unit::Bytes, self.stray.clone());
+        registry.register("pool_fallback", "Do new volumes lie on the root disk?", self.fallback.clone());
+        registry.register("disk_wear_percent", "How much of its rated life a disk has used", self.wear.clone());
+        let warning = "The bits of the critical warning in a disk's SMART log";
+        registry.register("disk_critical_warning", warning, self.warning.clone());
+        registry.register(
+            "disk_media_errors",
+            "Errors of the medium that a disk has counted",
+            self.media_errors.clone(),
+        );
     }
 }
 
@@ -100,9 +159,39 @@ impl Metrics {
         self.ceph.get_or_create(&labels).observe(after.as_secs_f64());
     }
 
+    /// The figures of a pool, or of its part on the disk with this serial number. `None`: it can't be used.
+    pub fn pool(&self, pool: &str, disk: &str, figures: Option<PoolFigures>) {
+        let labels = PoolLabels { pool: pool.to_owned(), disk: disk.to_owned() };
+        self.pools.up.get_or_create(&labels).set(i64::from(figures.is_some()));
+        let sizes = [
+            (&self.pools.size, figures.map(|all| all.size)),
+            (&self.pools.free, figures.map(|all| all.free)),
+            (&self.pools.stray, figures.and_then(|all| all.stray)),
+        ];
+        for (family, bytes) in sizes {
+            match bytes {
+                Some(bytes) => drop(family.get_or_create(&labels).set(signed(bytes))),
+                None => drop(family.remove(&labels)),
+            }
+        }
+    }
+
+    /// What a pool's disk says about itself.
+    pub fn disk(&self, pool: &str, disk: &str, smart: &Smart) {
+        let labels = PoolLabels { pool: pool.to_owned(), disk: disk.to_owned() };
+        self.pools.wear.get_or_create(&labels).set(i64::from(smart.percentage_used));
+        self.pools.warning.get_or_create(&labels).set(i64::from(smart.critical_warning));
+        self.pools.media_errors.get_or_create(&labels).set(signed(smart.media_errors));
+    }
+
+    /// Does this pool use the root disk for want of a disk of its own?
+    pub fn fallback(&self, pool: &str, is_used: bool) {
+        self.pools.fallback.get_or_create(&FallbackLabels { pool: pool.to_owned() }).set(i64::from(is_used));
+    }
+
     /// Everything in the OpenMetrics text format.
     pub fn encode(&self) -> String {
-        self.memory.set(i64::try_from(resident_memory()).unwrap_or(i64::MAX));
+        self.memory.set(signed(resident_memory()));
         let mut text = String::new();
         if prometheus_client::encoding::text::encode(&mut text, &self.registry).is_err() {
             let _ = write!(text, "# cannot encode the metrics");
@@ -118,6 +207,11 @@ impl Drop for InFlight {
     fn drop(&mut self) {
         self.0.dec();
     }
+}
+
+/// As a gauge has it.
+fn signed(number: impl TryInto<i64>) -> i64 {
+    number.try_into().unwrap_or(i64::MAX)
 }
 
 /// Bytes of this process in memory; 0 if the kernel does not tell.
@@ -143,5 +237,29 @@ mod tests {
         assert!(metrics.encode().contains(r#"berth_rpc_in_flight{driver="nvme.csi.berth.dev"} 0"#));
         let memory = text.lines().find_map(|line| line.strip_prefix("berth_process_resident_memory_bytes ")).unwrap();
         assert!(memory.parse::<u64>().unwrap() > 100_000);
+    }
+
+    #[test]
+    fn a_pool_that_can_not_be_used_has_no_size() {
+        let metrics = Metrics::default();
+        metrics.pool("fast", "S1", Some(PoolFigures { size: 10, free: 5, stray: Some(0) }));
+        metrics.disk("fast", "S1", &Smart { percentage_used: 7, media_errors: u128::MAX, ..Smart::default() });
+        metrics.fallback("fast", true);
+        let text = metrics.encode();
+        for line in [
+            r#"berth_pool_up{pool="fast",disk="S1"} 1"#,
+            r#"berth_pool_size_bytes{pool="fast",disk="S1"} 10"#,
+            r#"berth_pool_free_bytes{pool="fast",disk="S1"} 5"#,
+            r#"berth_pool_stray_bytes{pool="fast",disk="S1"} 0"#,
+            r#"berth_pool_fallback{pool="fast"} 1"#,
+            r#"berth_disk_wear_percent{pool="fast",disk="S1"} 7"#,
+            r#"berth_disk_critical_warning{pool="fast",disk="S1"} 0"#,
+            r#"berth_disk_media_errors{pool="fast",disk="S1"} 9223372036854775807"#,
+        ] {
+            assert!(text.contains(line), "{line} is not in {text}");
+        }
+        metrics.pool("fast", "S1", None);
+        let text = metrics.encode();
+        assert!(text.contains(r#"berth_pool_up{pool="fast",disk="S1"} 0"#) && !text.contains("berth_pool_size_bytes{"));
     }
 }

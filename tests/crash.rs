@@ -7,98 +7,10 @@
 
 mod common;
 
-use std::collections::{BTreeMap, BTreeSet};
-use std::path::Path;
 use std::process::Command;
-use std::time::Duration;
 
-use common::tracer::{Step, Tracer};
+use common::crash::Case;
 use common::{Client, GI, Lab, MI, Use, from_snapshot, is_root, read, write};
-use tonic::{Code, Status};
-
-/// The steps in a tracer's log: of each process, the first, second ... occurrence of each call.
-fn steps(log: &Path) -> Vec<Step> {
-    let mut counts = BTreeMap::<(String, String), u32>::new();
-    let mut steps = BTreeSet::new();
-    for line in std::fs::read_to_string(log).unwrap().lines() {
-        let mut words = line.split_whitespace();
-        let (Some(pid), Some(call)) = (words.next(), words.next()) else { continue };
-        // Not `<... ioctl resumed>` and `+++ exited +++`.
-        let Some((name, _)) = call.split_once('(') else { continue };
-        let count = counts.entry((pid.to_owned(), name.to_owned())).or_default();
-        *count += 1;
-        steps.insert((name.to_owned(), *count));
-    }
-    steps.into_iter().collect()
-}
-
-/// What a test of one call needs to know.
-struct Case<'a> {
-    lab: &'a mut Lab,
-    client: Client,
-}
-
-impl Case<'_> {
-    /// Makes the call once for each of its steps, with the driver killed before that step; repeats it; and lets `check`
-    /// see the repeated call's result, and make everything ready for the next round.
-    async fn survive<T, Call, Check>(&mut self, what: &str, call: Call, check: Check)
-    where
-        Call: AsyncFn(&Client, i64) -> Result<T, Status>,
-        Check: AsyncFn(&Lab, &Client, i64, T),
-    {
-        self.survive_after(what, async |_, _| (), call, check).await;
-    }
-
-    /// The same, with something to be made ready, undisturbed, before each round.
-    async fn survive_after<T, Prepare, Call, Check>(&mut self, what: &str, prepare: Prepare, call: Call, check: Check)
-    where
-        Prepare: AsyncFn(&Client, i64),
-        Call: AsyncFn(&Client, i64) -> Result<T, Status>,
-        Check: AsyncFn(&Lab, &Client, i64, T),
-    {
-        let log = self.lab.path("steps");
-        prepare(&self.client, 0).await;
-        let tracer = Tracer::watch(self.lab.pid(), &log);
-        let value = call(&self.client, 0).await.unwrap();
-        // strace writes a line once the call returns, which may be after the reply.
-        std::thread::sleep(Duration::from_millis(50));
-        drop(tracer);
-        check(self.lab, &self.client, 0, value).await;
-        let steps = steps(&log);
-        let mut deaths = 0;
-        for (round, step) in (1..).zip(&steps) {
-            prepare(&self.client, round).await;
-            let tracer = Tracer::kill_before(self.lab.pid(), step);
-            let mut result = call(&self.client, round).await;
-            let died = result.as_ref().is_err_and(|status| status.message().contains("transport error"));
-            if died {
-                self.lab.wait();
-                deaths += 1;
-            }
-            drop(tracer);
-            if died {
-                self.client = self.lab.restart().await;
-            } else if let Err(status) = &result {
-                // mkfs was killed.
-                assert_eq!(status.code(), Code::Internal, "{what}, before {step:?}: {status}");
-            }
-            if result.is_err() {
-                result = call(&self.client, round).await;
-            }
-            for _ in 0..20 {
-                // What is busy is busy for a moment; nothing else may stand in the way.
-                if !result.as_ref().is_err_and(|status| status.code() == Code::Aborted) {
-                    break;
-                }
-                result = call(&self.client, round).await;
-            }
-            let value = result.unwrap_or_else(|status| panic!("{what}: not survived before {step:?}: {status}"));
-            check(self.lab, &self.client, round, value).await;
-        }
-        println!("{what}: {} steps, the driver killed before {deaths}", steps.len());
-        assert!(deaths >= 2, "{what} has more steps than {steps:?}");
-    }
-}
 
 /// > A driver killed before any step of a call, and started again, answers the repeated call as if nothing had been,
 /// > and leaves no mount, loop device, file or promise of space over.
@@ -109,7 +21,7 @@ async fn every_step_of_every_call_may_be_the_last() {
     let mut lab = Lab::without_driver("xfs", 16 * GI);
     lab.config.pool = lab.config.pool.replace('}', ", cap: 12Gi}");
     let client = lab.start().await;
-    let mut case = Case { lab: &mut lab, client };
+    let mut case = Case::new(&mut lab, client);
     let usage = Use::default();
 
     case.survive(
@@ -242,8 +154,9 @@ async fn every_step_of_every_call_may_be_the_last() {
         "DeleteSnapshot",
         async |client, _| client.delete_snapshot(&snapshot).await,
         async |lab, client, _, ()| {
-            assert_eq!((lab.entries("snapshots").len(), lab.entries("trash").len()), (0, 0));
-            assert_eq!(client.capacity().await.available_capacity, 12 * GI - size);
+            assert_eq!(lab.entries("snapshots").len(), 0);
+            client.room_comes_back(12 * GI - size).await;
+            assert_eq!(lab.entries("trash").len(), 0);
             client.snapshot(&mounted.id, "s").await.unwrap();
         },
     )
@@ -270,7 +183,7 @@ async fn every_step_of_every_call_may_be_the_last() {
         async |client, _| client.delete(&id).await,
         async |lab, client, _, ()| {
             lab.assert_clean();
-            assert_eq!(client.capacity().await.available_capacity, 12 * GI);
+            client.room_comes_back(12 * GI).await;
             assert_eq!(client.create("deleted", GI, &usage).await, id);
         },
     )

@@ -114,7 +114,7 @@ async fn a_place_in_use_is_left_alone() {
     let held = std::fs::File::open(mounted.file(".")).unwrap();
     refused(client.unpublish(&mounted.id, &mounted.target).await, Code::Aborted);
     drop(held);
-    run("umount", &[&foreign]);
+    common::unmount(&[&foreign]);
     client.remove(&mounted).await;
     client.remove(&other).await;
     lab.assert_clean();

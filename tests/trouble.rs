@@ -134,7 +134,7 @@ async fn a_pool_may_be_missing_read_only_or_full() {
     skip_unless!(is_root(), "needs root");
     let mut lab = Lab::without_driver("xfs", 4 * GI);
     let pool = lab.pool().to_str().unwrap().to_owned();
-    run("umount", &[&pool]);
+    common::unmount(&[&pool]);
     // The disk is not mounted: the directory below lies on the root disk, or is not there at all.
     let client = lab.start().await;
     assert_eq!(client.storage_health().await.len(), 1);
@@ -146,7 +146,7 @@ async fn a_pool_may_be_missing_read_only_or_full() {
     lab.mount_pool("pool");
     assert_eq!(client.storage_health().await, [""; 0]);
     let id = client.create("a", GI, &Use::default()).await;
-    run("umount", &[&pool]);
+    common::unmount(&[&pool]);
     refused(client.delete(&id).await, Code::Unavailable);
     refused(client.stage(&id, &lab.staging("a"), &Use::default()).await, Code::Unavailable);
     run("mount", &["-o", "loop,ro", lab.path("pool.img").to_str().unwrap(), &pool]);
@@ -155,7 +155,7 @@ async fn a_pool_may_be_missing_read_only_or_full() {
     assert_eq!(client.list().await, [id.as_str()]);
     refused(client.try_create(Client::request("b", GI, &Use::default())).await, Code::ResourceExhausted);
     refused(client.delete(&id).await, Code::ResourceExhausted);
-    run("umount", &[&pool]);
+    common::unmount(&[&pool]);
     lab.mount_pool("pool");
     // Full by somebody else's hand: refused, and nothing half-made stays.
     let before = client.capacity().await.available_capacity;
@@ -236,12 +236,12 @@ async fn another_disk_at_the_pools_path_is_looked_at_anew() {
     let (lab, client) = Lab::on("xfs", 4 * GI).await;
     let first = client.create("a", GI, &Use::default()).await;
     let pool = lab.pool().to_str().unwrap().to_owned();
-    run("umount", &[&pool]);
+    common::unmount(&[&pool]);
     std::fs::rename(lab.path("pool.img"), lab.path("first.img")).unwrap();
     lab.make_pool("pool", "xfs", 8 * GI);
     let second = client.create("b", 2 * GI, &Use::default()).await;
     assert_eq!(client.list().await, [second.as_str()]);
-    run("umount", &[&pool]);
+    common::unmount(&[&pool]);
     run("mount", &["-o", "loop", lab.path("first.img").to_str().unwrap(), &pool]);
     assert_eq!(client.list().await, [first.as_str()]);
     assert!(client.capacity().await.available_capacity < 3 * GI);

@@ -13,7 +13,7 @@ use berth::proto::csi::controller_client::ControllerClient;
 use berth::proto::csi::identity_client::IdentityClient;
 use berth::proto::csi::node_client::NodeClient;
 use berth::proto::csi::volume_capability::access_mode::Mode;
-use berth::proto::csi::volume_capability::{AccessMode, AccessType, MountVolume};
+use berth::proto::csi::volume_capability::{AccessMode, AccessType, BlockVolume, MountVolume};
 use berth::proto::csi::{self, VolumeCapability};
 use hyper_util::rt::TokioIo;
 use rustix::process::{Pid, Signal};
@@ -184,12 +184,16 @@ pub(crate) struct Wanted {
     /// Empty: the driver's choice.
     pub(crate) filesystem: &'static str,
     pub(crate) mode: Mode,
+    /// A device instead of a file system.
+    pub(crate) block: bool,
+    /// The class's.
+    pub(crate) parameters: &'static [(&'static str, &'static str)],
 }
 
 impl Wanted {
     /// ReadWriteOnce, with the driver's choice of file system.
     pub(crate) fn of_size(size: u64) -> Self {
-        Self { size, filesystem: "", mode: Mode::SingleNodeMultiWriter }
+        Self { size, filesystem: "", mode: Mode::SingleNodeMultiWriter, block: false, parameters: &[] }
     }
 
     /// ReadWriteMany.
@@ -198,13 +202,9 @@ impl Wanted {
     }
 
     fn capability(self) -> VolumeCapability {
-        VolumeCapability {
-            access_type: Some(AccessType::Mount(MountVolume {
-                fs_type: self.filesystem.to_owned(),
-                ..MountVolume::default()
-            })),
-            access_mode: Some(AccessMode { mode: self.mode.into() }),
-        }
+        let mount = MountVolume { fs_type: self.filesystem.to_owned(), ..MountVolume::default() };
+        let access = if self.block { AccessType::Block(BlockVolume {}) } else { AccessType::Mount(mount) };
+        VolumeCapability { access_type: Some(access), access_mode: Some(AccessMode { mode: self.mode.into() }) }
     }
 }
 
@@ -215,6 +215,7 @@ impl Client {
             name: name.to_owned(),
             capacity_range: Some(csi::CapacityRange { required_bytes: wanted.size.cast_signed(), limit_bytes: 0 }),
             volume_capabilities: vec![wanted.capability()],
+            parameters: wanted.parameters.iter().map(|(key, value)| ((*key).into(), (*value).into())).collect(),
             secrets: self.secrets.controller.clone(),
             ..csi::CreateVolumeRequest::default()
         };

@@ -12,6 +12,7 @@ mod disk;
 mod driver;
 mod lab;
 mod lists;
+mod local;
 mod measure;
 mod memory;
 mod objects;
@@ -103,7 +104,7 @@ impl Options {
     }
 }
 
-const ROWS: [&str; 12] = [
+const ROWS: [&str; 14] = [
     "create",
     "publish",
     "mounts",
@@ -111,6 +112,8 @@ const ROWS: [&str; 12] = [
     "probe",
     "memory",
     "disk",
+    "nvme-create",
+    "nvme-disk",
     "ceph-create",
     "ceph-parallel",
     "ceph-memory",
@@ -164,7 +167,7 @@ fn run() -> Result<()> {
 }
 
 async fn measure_all(lab: &mut Lab, ceph: &mut Ceph, options: &Options) -> Result<(Vec<Row>, Vec<Titled>)> {
-    let mut rows = Vec::new();
+    let (mut rows, mut disks) = (Vec::new(), None);
     for name in ROWS.into_iter().filter(|row| options.wants(row)) {
         eprintln!("measuring: {name}");
         let measured = match name {
@@ -175,6 +178,19 @@ async fn measure_all(lab: &mut Lab, ceph: &mut Ceph, options: &Options) -> Resul
             "probe" => calls::probe(lab, options).await,
             "memory" => memory::memory(lab, options).await,
             "disk" => disk::disk(lab, options).await,
+            "nvme-create" | "nvme-disk" => {
+                if disks.is_none() {
+                    disks = local::Disks::new(lab, &listed("BENCH_DISKS"))?;
+                }
+                match &disks {
+                    Some(disks) if name == "nvme-create" => local::create(lab, disks, options).await,
+                    Some(disks) => local::throughput(lab, disks, options).await,
+                    None => {
+                        println!("SKIPPED {name}: BENCH_DISKS names no three disks; scripts/bench-vm.sh has some");
+                        continue;
+                    }
+                }
+            }
             name => match ceph.cluster(lab)? {
                 Ok(cluster) => on_ceph(name, lab, cluster, options).await,
                 Err(why) => {

@@ -219,6 +219,11 @@ pub trait Node: Send + Sync {
         Ok(())
     }
 
+    /// The volume has just been shown at `target`. Default: that is all.
+    fn published(self: Arc<Self>, _: &VolumeId, _target: &MountPath) -> Result<()> {
+        Ok(())
+    }
+
     /// Takes the uppermost mount at a published path away.
     fn unmount(&self, target: &Path) -> Result<()> {
         mounts::unmount_top(target)

@@ -210,6 +210,26 @@ impl Client {
         }
     }
 
+    /// Every volume that is not well, page by page; none where the driver doesn't tell.
+    pub(super) async fn unwell(&self) -> Result<Vec<csi::VolumeHealth>> {
+        let mut unwell = Vec::new();
+        if !self.controller_can(ControllerCan::ListVolumeHealth) {
+            return Ok(unwell);
+        }
+        let mut token = String::new();
+        loop {
+            let request =
+                csi::ControllerListVolumeHealthRequest { max_entries: PAGE, starting_token: token, secrets: [].into() };
+            let reply = self.controller().controller_list_volume_health(limited(request)).await;
+            let reply = reply.map_err(refused("cannot ask which volumes are not well".to_owned()))?.into_inner();
+            unwell.extend(reply.entries);
+            token = reply.next_token;
+            if token.is_empty() {
+                return Ok(unwell);
+            }
+        }
+    }
+
     /// Every snapshot, or the one of this id, page by page.
     pub(super) async fn snapshots(&self, id: Option<&str>) -> Result<Vec<csi::Snapshot>> {
         let mut snapshots = Vec::new();

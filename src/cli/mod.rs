@@ -6,6 +6,7 @@ mod kubelet;
 pub mod mount;
 pub mod mounter;
 mod orphans;
+pub mod pool;
 mod progress;
 pub mod quickstart;
 pub mod serve;
@@ -40,6 +41,8 @@ pub enum Command {
     Config(ConfigCommand),
     /// Look at the pools, clusters, users and S3 services of a configuration file; exit 1 if anything is wrong.
     Doctor(doctor::DoctorArguments),
+    /// Look at this machine's disks and pools, and make pools of blank disks. Needs root.
+    Pool(pool::PoolArguments),
     /// Make, mount, grow and delete volumes by hand, over a driver's socket.
     Volume(volume::VolumeArguments),
     /// Mount a bucket, without Kubernetes. Needs root.

@@ -1,4 +1,4 @@
-//! `berth volume orphans`: volumes that no PersistentVolume stands for.
+//! `berth volume orphans`: volumes that no PersistentVolume stands for, and those of which something is missing.
 //!
 //! Whoever names too few known volumes would lose the others. So what looks like a mistake is refused: an empty file,
 //! one that is about other volumes, one that is no list of handles, one that is old.
@@ -13,7 +13,8 @@ use serde::Serialize;
 use serde_json::{Value, json};
 
 use super::client::Client;
-use super::table::{VolumeView, columns};
+use super::table::{ProblemView, VolumeView, columns, problems};
+use crate::proto::csi;
 use crate::volume::format_bytes;
 
 /// Volumes that were made after the file are orphans as far as it knows: nothing is deleted by an older one.
@@ -58,9 +59,13 @@ pub(super) async fn run(client: &Client, command: &Orphans, json: bool) -> Resul
         None => BTreeSet::new(),
     };
     let volumes = client.volumes().await?.into_iter().map(VolumeView::from).collect();
+    let unwell = unwell(client.unwell().await?);
     let mut orphans = orphans(volumes, &known, command.none_known)?;
     if !json {
         super::say(&table(&orphans));
+        if !unwell.is_empty() {
+            super::say(&table_of_unwell(&unwell));
+        }
     }
     for orphan in orphans.iter_mut().filter(|_| command.delete) {
         let deleted = client.delete(&orphan.id).await;
@@ -71,7 +76,7 @@ pub(super) async fn run(client: &Client, command: &Orphans, json: bool) -> Resul
         }
     }
     if json {
-        super::say(&serde_json::to_string_pretty(&json!({ "orphans": orphans }))?);
+        super::say(&serde_json::to_string_pretty(&json!({ "orphans": orphans, "unwell": unwell }))?);
     }
     match orphans.iter().filter(|orphan| orphan.error.is_some()).count() {
         0 => Ok(()),
@@ -165,6 +170,26 @@ impl From<VolumeView> for OrphanView {
         let [name, claim, namespace] = ["name", "claim", "namespace"].map(|key| volume.told(key).to_owned());
         Self { id: volume.id, name, claim, namespace, size: volume.size, deleted: false, error: None }
     }
+}
+
+/// A volume of which something is missing or wrong, known or not: never deleted by itself. The keys are a promise.
+#[derive(Debug, Serialize)]
+struct UnwellView {
+    id: String,
+    problems: Vec<ProblemView>,
+}
+
+fn unwell(health: Vec<csi::VolumeHealth>) -> Vec<UnwellView> {
+    let view = |health: csi::VolumeHealth| UnwellView { id: health.volume_id.clone(), problems: problems(health) };
+    health.into_iter().map(view).collect()
+}
+
+fn table_of_unwell(unwell: &[UnwellView]) -> String {
+    let rows = unwell.iter().flat_map(|volume| {
+        let row = |problem: &ProblemView| [volume.id.clone(), problem.reason.clone(), problem.message.clone()];
+        volume.problems.iter().map(row)
+    });
+    columns(["NOT WELL", "REASON", "WHAT"], rows)
 }
 
 fn table(orphans: &[OrphanView]) -> String {

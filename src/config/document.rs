@@ -3,7 +3,7 @@
 //! Nothing here knows what Berth's configuration looks like.
 
 use std::cell::RefCell;
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use serde_json::{Map, Value};
 
@@ -116,6 +116,32 @@ impl<'a> Section<'a> {
         };
         // All of them, so that every mistake is found.
         let parsed: Vec<_> = items.iter().enumerate().map(one).collect();
+        parsed.into_iter().collect()
+    }
+
+    /// A mapping whose keys the file chooses, each key and value parsed; empty if it is not there. `None`: one is wrong, and
+    /// that has been noted.
+    pub(super) fn map(
+        &self,
+        key: &'static str,
+        parse_key: impl Fn(&str) -> Result<String, String>,
+        parse_value: impl Fn(&str) -> Result<String, String>,
+    ) -> Option<BTreeMap<String, String>> {
+        let section = self.section(key);
+        let one = |(name, value): (&String, &Value)| {
+            let path = section.at(name);
+            let Value::String(text) = value else {
+                return self.reader.mistake(&path, "a text is needed here: put it in quotes");
+            };
+            let wrong = |what: &str, message: String| {
+                self.reader.mistake::<()>(&path, format!("{what:?} is wrong: {message}"));
+            };
+            let text = self.expand(text).or_else(|message| self.reader.mistake(&path, message).ok_or(())).ok()?;
+            let key = parse_key(name).map_err(|message| wrong(name, message)).ok();
+            let value = parse_value(&text).map_err(|message| wrong(&text, message)).ok();
+            Some((key?, value?))
+        };
+        let parsed: Vec<_> = section.map.into_iter().flatten().map(one).collect();
         parsed.into_iter().collect()
     }
 

@@ -6,9 +6,12 @@
 pub mod aws;
 mod document;
 mod parse;
+mod pattern;
+mod pools;
 pub(crate) mod services;
 
 use std::cell::RefCell;
+use std::collections::BTreeMap;
 use std::fmt;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -20,12 +23,17 @@ use crate::error::{Context, Error, ErrorKind, Result};
 use crate::objectfs::settings::Checksums;
 use crate::volume::NodeName;
 use document::Reader;
+pub use pattern::Pattern;
 
 /// The whole configuration.
 #[derive(Clone, Debug)]
 pub struct Config {
     /// What Kubernetes calls this machine. Default: its host name.
     pub node: NodeName,
+    /// Labels of this machine, besides its name, that pods may be scheduled by.
+    pub labels: BTreeMap<String, String>,
+    /// Where this machine's control groups of version 2 are seen.
+    pub cgroups: PathBuf,
     /// How to log.
     pub log: Log,
     /// Where `/healthz`, `/readyz` and `/metrics` are served. Absent: nowhere.
@@ -85,19 +93,114 @@ impl Default for Deadlines {
     }
 }
 
-/// A directory on a file system of this node, from which local volumes are carved.
+/// Where local volumes are carved from.
 #[derive(Clone, Debug)]
 pub struct Pool {
     /// What classes call it.
     pub name: String,
-    /// The directory. It has to exist: a missing one is a disk that is not mounted.
+    /// What it is made of.
+    pub source: Source,
+    /// Of `Source::Folder` the directory, which has to exist: a missing one is a disk that is not mounted. Else the
+    /// directory below which file systems are mounted, and where the pool lies that `fallback: root` allows.
     pub path: PathBuf,
     /// Volumes and snapshots together get at most this many bytes.
     pub cap: Option<u64>,
     /// Volumes take space only when they are written, and may be promised more than there is.
     pub thin: bool,
-    /// What to do when the directory lies on the node's root disk.
+    /// What to do when the directory lies on the node's root disk, or no disk is there.
     pub fallback: Fallback,
+    /// Only these carves are offered. Empty: all that the pool can have.
+    pub carves: Vec<Carve>,
+}
+
+/// What a local volume is made of. `docs/local-storage.md` says which is good for what.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Carve {
+    /// A directory with a project quota on the pool's XFS.
+    Directory,
+    /// A logical volume of the pool's volume group.
+    Lvm,
+    /// A file on the pool, shown through a loop device.
+    Image,
+}
+
+impl Carve {
+    const ALL: [Self; 3] = [Self::Directory, Self::Lvm, Self::Image];
+
+    /// Its name in the file and in classes.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Directory => "directory",
+            Self::Lvm => "lvm",
+            Self::Image => "image",
+        }
+    }
+
+    /// `None`: there is no such carve.
+    pub fn parse(name: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|carve| carve.name() == name)
+    }
+}
+
+/// What a pool is made of.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Source {
+    /// The directory `Pool::path`.
+    Folder,
+    /// Disks that Berth makes file systems or a volume group on.
+    Disks(Disks),
+    /// The volume group of this name, which exists.
+    Group(String),
+}
+
+/// Disks that Berth makes file systems or a volume group on.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Disks {
+    /// A disk belongs to the pool when one of them fits. Never empty.
+    pub rules: Vec<DiskRule>,
+    /// What is made of them.
+    pub layout: Layout,
+    /// The driver makes the pool when it starts.
+    pub create: bool,
+}
+
+/// Which disks belong to a pool: those that everything here fits.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct DiskRule {
+    /// One of these fits its name in `/dev` or one of its links in `/dev/disk`. Empty: any.
+    pub paths: Vec<Pattern>,
+    /// One of these fits its model. Empty: any.
+    pub models: Vec<Pattern>,
+    /// One of these fits its serial number or world-wide name. Empty: any.
+    pub serials: Vec<Pattern>,
+    /// It has at least so many bytes.
+    pub min_size: Option<u64>,
+    /// It has at most so many bytes.
+    pub max_size: Option<u64>,
+    /// It rotates, or it does not.
+    pub rotational: bool,
+}
+
+/// What is made of a pool's disks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Layout {
+    /// An XFS on each.
+    Xfs,
+    /// One XFS over all, striped.
+    Striped,
+    /// One volume group over all.
+    Lvm,
+}
+
+impl Layout {
+    /// Its name in the file.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Xfs => "xfs",
+            Self::Striped => "striped",
+            Self::Lvm => "lvm",
+        }
+    }
 }
 
 /// What to do when a pool's directory lies on the node's root disk, say because its own disk is missing.
@@ -402,7 +505,44 @@ drivers:
             assert!(found.contains(&path), "{path} is not among {mistakes:#?}");
         }
         let unknown = mistakes.iter().find(|mistake| mistake.path == "pools[0].size").unwrap();
-        assert_eq!(unknown.message, "is not known; known here: cap, fallback, name, path, thin");
+        assert_eq!(
+            unknown.message,
+            "is not known; known here: cap, carves, create, disks, fallback, group, layout, name, path, thin"
+        );
+    }
+
+    #[test]
+    fn labels_of_the_node_are_topology_that_kubernetes_and_csi_take() {
+        let with = |labels: &str| {
+            parse(&format!(
+                "node: {{name: a, labels: {labels}}}\npools: [{{name: a, path: /a}}]\ndrivers: [{{backend: nvme, socket: /run/a}}]"
+            ))
+        };
+        let config =
+            with("{topology.kubernetes.io/zone: eu-1, rack: 'r_2.a', example.com/node: '${NODE_NAME}'}").unwrap();
+        let labels: Vec<_> = config.labels.iter().map(|(key, value)| (key.as_str(), value.as_str())).collect();
+        assert_eq!(
+            labels,
+            [("example.com/node", "node-a"), ("rack", "r_2.a"), ("topology.kubernetes.io/zone", "eu-1")]
+        );
+        assert!(parse(GOOD).unwrap().labels.is_empty());
+        for bad in [
+            "{rack: 3}",
+            "{rack: ''}",
+            "{rack: '-a'}",
+            "{rack: 'a b'}",
+            "{rack-: a}",
+            "{UPPER.com/rack: a}",
+            "{'/rack': a}",
+            "{'a/b/c': a}",
+            "{topology.berth.dev/node: b}",
+            "{rack: '${NOTHING}'}",
+            "[rack]",
+        ] {
+            let mistakes = with(bad).unwrap_err();
+            assert_eq!(mistakes.len(), 1, "{bad}: {mistakes:?}");
+            assert!(mistakes[0].path.starts_with("node.labels"), "{bad}: {mistakes:?}");
+        }
     }
 
     #[test]

@@ -6,8 +6,8 @@ use std::time::Duration;
 use serde_json::Value;
 
 use super::document::{Reader, Section};
-use super::{Account, BackendKind, Cluster, Config, Deadlines, Driver, Fallback, Fuse, Kubelet, Log, Pool, Role};
-use crate::volume::{MountPath, NodeName, parse_bytes};
+use super::{Account, BackendKind, Cluster, Config, Deadlines, Driver, Fuse, Kubelet, Log, Pool, Role};
+use crate::volume::{MountPath, NodeName, Topology};
 
 impl<'a> Reader<'a> {
     /// The whole file. `None`: there were mistakes.
@@ -20,6 +20,8 @@ impl<'a> Reader<'a> {
             let host = rustix::system::uname().nodename().to_string_lossy().into_owned();
             NodeName::new(host).or_else(|error| self.mistake("node.name", error.to_string()).ok_or(())).ok()
         });
+        let labels = node.map("labels", label_name, label_value);
+        let cgroups = node.read("cgroups", absolute).unwrap_or_else(|| Some(PathBuf::from("/sys/fs/cgroup")));
         node.end();
 
         let log = root.section("log");
@@ -69,6 +71,8 @@ impl<'a> Reader<'a> {
 
         Some(Config {
             node: name?,
+            labels: labels?,
+            cgroups: cgroups?,
             log: Log { json: json.unwrap_or(Some(false))?, level: level.unwrap_or(Some("info".to_owned()))? },
             http: address.flatten(),
             deadlines: read,
@@ -79,28 +83,6 @@ impl<'a> Reader<'a> {
             mounter: mounter?,
             drivers: drivers.into_iter().collect::<Option<_>>()?,
         })
-    }
-
-    fn pool(&self, section: Section<'_>) -> Option<Pool> {
-        let name = section.required("name", |text| plain_name(text, 63));
-        let path = section.required("path", absolute);
-        let cap = section.read("cap", |text| match parse_bytes(text) {
-            Ok(0) => Err("nothing would fit: write a size, or leave it out".to_owned()),
-            size => size.map_err(|error| error.to_string()),
-        });
-        let thin = section.read("thin", boolean).unwrap_or(Some(false));
-        let fallback = section
-            .read("fallback", |text| match text {
-                "none" => Ok(Fallback::None),
-                "root" => Ok(Fallback::Root),
-                _ => Err("write none or root".to_owned()),
-            })
-            .unwrap_or(Some(Fallback::None));
-        if fallback == Some(Fallback::Root) && cap.is_none() {
-            self.mistake::<()>(&section.at("cap"), "is needed with `fallback: root`: the root disk must not fill up");
-        }
-        section.end();
-        Some(Pool { name: name?, path: path?, cap: cap.flatten(), thin: thin?, fallback: fallback? })
     }
 
     fn cluster(&self, section: Section<'_>) -> Option<Cluster> {
@@ -185,25 +167,17 @@ impl<'a> Reader<'a> {
                 self.mistake::<()>(&format!("clusters[{index}].name"), format!("{} is used twice", cluster.name));
             }
         }
-        for (index, pool) in pools.iter().enumerate() {
-            let Some(pool) = pool else { continue };
-            for earlier in pools[..index].iter().flatten() {
-                if earlier.name == pool.name {
-                    self.mistake::<()>(&format!("pools[{index}].name"), format!("{} is used twice", pool.name));
-                }
-                if earlier.path.starts_with(&pool.path) || pool.path.starts_with(&earlier.path) {
-                    let message = format!("lies in pool {}, or that one in this", earlier.name);
-                    self.mistake::<()>(&format!("pools[{index}].path"), message);
-                }
-            }
-        }
+        self.check_pools(pools);
         if drivers.is_empty() {
             self.mistake::<()>("drivers", "nothing would be served: list at least one driver");
         }
         for (index, driver) in drivers.iter().enumerate() {
             let Some(driver) = driver else { continue };
             if driver.backend == BackendKind::Nvme && pools.is_empty() {
-                self.mistake::<()>("pools", "the nvme back end needs at least one pool with a name and a path");
+                self.mistake::<()>(
+                    "pools",
+                    "the nvme back end needs at least one pool with a name and a path, disks or a group",
+                );
             }
             if driver.backend == BackendKind::Cephfs && driver.role.has_controller() && clusters.is_empty() {
                 self.mistake::<()>(
@@ -232,6 +206,34 @@ pub(super) fn plain_name(text: &str, longest: usize) -> Result<String, String> {
     let fits = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-';
     if text.is_empty() || text.len() > longest || !text.chars().all(fits) {
         return Err(format!("write up to {longest} lower-case letters, digits and `-`"));
+    }
+    Ok(text.to_owned())
+}
+
+/// CSI 1.13, `Topology.segments`: what a key has to look like. Kubernetes' own rules for labels are wider.
+fn label_name(text: &str) -> Result<String, String> {
+    let (prefix, name) = text.split_once('/').map_or((None, text), |(prefix, name)| (Some(prefix), name));
+    if text == Topology::NODE {
+        return Err("it is the node's name already".to_owned());
+    }
+    let domain = |part: &str| {
+        let inner = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-';
+        !part.is_empty() && part.chars().all(inner) && !part.starts_with('-') && !part.ends_with('-')
+    };
+    if prefix.is_some_and(|prefix| prefix.len() > 63 || !prefix.split('.').all(domain)) {
+        return Err("what stands before the `/` has to be a domain name of at most 63 lower-case letters".to_owned());
+    }
+    label_value(name)?;
+    Ok(text.to_owned())
+}
+
+fn label_value(text: &str) -> Result<String, String> {
+    let inner = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
+    let edge = |c: Option<char>| c.is_some_and(|c| c.is_ascii_alphanumeric());
+    if text.len() > 63 || !text.chars().all(inner) || !edge(text.chars().next()) || !edge(text.chars().last()) {
+        return Err(
+            "write up to 63 letters, digits, `-`, `_` and `.`, beginning and ending with a letter or digit".to_owned()
+        );
     }
     Ok(text.to_owned())
 }

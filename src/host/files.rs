@@ -218,6 +218,11 @@ pub fn sync_filesystem(path: &Path) -> Result<()> {
     rustix::fs::syncfs(File::open(path).context(what)?).context(what)
 }
 
+/// Writes what the page cache holds of a device to the device.
+pub fn sync_device(device: &Path) -> Result<()> {
+    File::open(device).and_then(|device| device.sync_all()).context(|| format!("cannot sync {}", device.display()))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

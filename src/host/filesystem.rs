@@ -104,7 +104,8 @@ fn has_sys_resource() -> bool {
         .is_ok_and(|sets| sets.effective.contains(rustix::thread::CapabilitySet::SYS_RESOURCE))
 }
 
-fn device_size(device: &Path) -> Result<u64> {
+/// A block device's size in bytes.
+pub fn device_size(device: &Path) -> Result<u64> {
     let what = || format!("cannot ask {} for its size", device.display());
     File::open(device).and_then(|mut file| file.seek(SeekFrom::End(0))).context(what)
 }

@@ -106,6 +106,27 @@ pub fn by_number(device: u64) -> Result<Option<LoopDevice>> {
     }
 }
 
+/// A device that shows that one and can't be written, for those who may only read. There is one for all of them; it stays
+/// until it is detached.
+pub fn ensure_read_only_view(device: &Path) -> Result<LoopDevice> {
+    if let Some(view) = read_only_view(device)? {
+        return Ok(view);
+    }
+    let what = || format!("cannot open {}", device.display());
+    let file = File::open(device).context(what)?;
+    let block_size = rustix::fs::ioctl_blksszget(&file).context(what)?;
+    attach(&file, Options { block_size, read_only: true, autoclear: false, discard: false })
+}
+
+/// The read-only view of a device, if there is one.
+pub fn read_only_view(device: &Path) -> Result<Option<LoopDevice>> {
+    match std::fs::canonicalize(device) {
+        Ok(device) => find(&device),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(error).context(|| format!("cannot look at {}", device.display())),
+    }
+}
+
 fn open(path: &Path) -> Result<Option<LoopDevice>> {
     let what = || format!("cannot open {}", path.display());
     match File::open(path) {
@@ -138,32 +159,6 @@ impl LoopDevice {
         }
     }
 
-    /// The loop device that this one shows, if it is a view of one.
-    pub fn below(&self) -> Result<Option<Self>> {
-        match self.image_name() {
-            Some(image) if image.parent() == Some(Path::new("/dev")) => open(&image),
-            _ => Ok(None),
-        }
-    }
-
-    /// A device that shows this one and can't be written, for those who may only read. There is one for all of them;
-    /// it stays until it is detached.
-    pub fn ensure_read_only_view(&self) -> Result<Self> {
-        match find(&self.path)? {
-            Some(view) => Ok(view),
-            None => {
-                let block_size = rustix::fs::ioctl_blksszget(&self.file)
-                    .context(|| format!("cannot ask {} for its block size", self.path.display()))?;
-                attach(&self.file, Options { block_size, read_only: true, autoclear: false, discard: false })
-            }
-        }
-    }
-
-    /// The read-only view of this device, if there is one.
-    pub fn read_only_view(&self) -> Result<Option<Self>> {
-        find(&self.path)
-    }
-
     /// The image's name as sysfs has it: a hint, since it depends on the mount namespace.
     pub fn image_name(&self) -> Option<PathBuf> {
         let name = self.path.file_name()?.to_str()?;
@@ -176,24 +171,11 @@ impl LoopDevice {
         Ok(self.backing()?.is_some())
     }
 
-    /// The device's size in bytes.
-    pub fn size(&self) -> Result<u64> {
-        let mut size = 0_u64;
-        ioctl_ref(self.file.as_raw_fd(), abi::BLKGETSIZE64, &mut size)
-            .context(|| format!("cannot ask {} for its size", self.path.display()))?;
-        Ok(size)
-    }
-
     /// Makes the device as big as its image has become.
     pub fn refresh_size(&self) -> Result<()> {
         ioctl(self.file.as_raw_fd(), abi::LOOP_SET_CAPACITY, 0)
             .map(drop)
             .context(|| format!("cannot grow {}", self.path.display()))
-    }
-
-    /// Writes what the device's page cache holds to the image.
-    pub fn sync(&self) -> Result<()> {
-        self.file.sync_all().context(|| format!("cannot sync {}", self.path.display()))
     }
 
     /// Detaches the image, once the last user closes the device. Detached already is fine.
@@ -248,7 +230,6 @@ mod abi {
     pub(super) const LOOP_SET_CAPACITY: libc::Ioctl = 0x4C07;
     pub(super) const LOOP_CONFIGURE: libc::Ioctl = 0x4C0A;
     pub(super) const LOOP_CTL_GET_FREE: libc::Ioctl = 0x4C82;
-    pub(super) const BLKGETSIZE64: libc::Ioctl = 0x8008_1272;
 
     const LO_FLAGS_READ_ONLY: u32 = 1;
     const LO_FLAGS_AUTOCLEAR: u32 = 4;
@@ -258,7 +239,6 @@ mod abi {
     pub(super) trait Shared {}
     impl Shared for LoopConfig {}
     impl Shared for LoopInfo {}
-    impl Shared for u64 {}
 
     /// `struct loop_info64`.
     #[repr(C)]

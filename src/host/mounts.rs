@@ -12,15 +12,34 @@ use std::time::Duration;
 use procfs::process::MountInfo;
 use rustix::fs::{Mode, OFlags, ResolveFlags, StatVfsMountFlags, Statx, StatxAttributes};
 use rustix::io::Errno;
-use rustix::mount::{MoveMountFlags, OpenTreeFlags, UnmountFlags};
+use rustix::mount::{MountAttrFlags, MoveMountFlags, OpenTreeFlags, UnmountFlags};
 
+use super::filesystem::Attribute;
 use super::{busy, paths};
 use crate::error::{Context, Error, ErrorKind, Result};
 
 /// What is at a path, held open so that it stays what it was.
 pub struct Place {
     fd: OwnedFd,
-    stat: Statx,
+    seen: Seen,
+}
+
+enum Seen {
+    /// What statx tells.
+    Whole(Box<Statx>),
+    /// Its file system tells nothing: what is known comes from the mount table.
+    Stopped(Stopped),
+}
+
+/// A place in a file system that has stopped after an error: even to look at it is an error.
+struct Stopped {
+    /// It is where this is mounted.
+    is_mount: bool,
+    device: u64,
+    /// The mount's id.
+    mount: String,
+    /// What of the file system is mounted there.
+    root: PathBuf,
 }
 
 impl Place {
@@ -33,30 +52,68 @@ impl Place {
     }
 
     fn of(fd: OwnedFd, path: &Path) -> Result<Self> {
-        let stat = paths::look(&fd).context(|| format!("cannot look at {}", path.display()))?;
-        Ok(Self { fd, stat })
+        let what = || format!("cannot look at {}", path.display());
+        match paths::look(&fd) {
+            Ok(stat) => Ok(Self { fd, seen: Seen::Whole(Box::new(stat)) }),
+            Err(Errno::IO) => match Stopped::of(&fd, path)? {
+                Some(stopped) => Ok(Self { fd, seen: Seen::Stopped(stopped) }),
+                None => Err(Error::io(what(), Errno::IO)),
+            },
+            Err(error) => Err(Error::io(what(), error)),
+        }
     }
 
     /// Is it the root of a mount? (Linux 5.8.)
     pub fn is_mount(&self) -> bool {
-        self.stat.stx_attributes.contains(StatxAttributes::MOUNT_ROOT)
+        match &self.seen {
+            Seen::Whole(stat) => stat.stx_attributes.contains(StatxAttributes::MOUNT_ROOT),
+            Seen::Stopped(stopped) => stopped.is_mount,
+        }
     }
 
     /// The number of the device below this file system.
     pub fn device(&self) -> u64 {
-        rustix::fs::makedev(self.stat.stx_dev_major, self.stat.stx_dev_minor)
+        match &self.seen {
+            Seen::Whole(stat) => rustix::fs::makedev(stat.stx_dev_major, stat.stx_dev_minor),
+            Seen::Stopped(stopped) => stopped.device,
+        }
+    }
+
+    /// Its inode's number; 0 if its file system has stopped.
+    pub fn inode(&self) -> u64 {
+        match &self.seen {
+            Seen::Whole(stat) => stat.stx_ino,
+            Seen::Stopped(_) => 0,
+        }
+    }
+
+    /// What of its file system is mounted here, if that has stopped and tells nothing itself.
+    pub fn stopped_root(&self) -> Option<&Path> {
+        match &self.seen {
+            Seen::Whole(_) => None,
+            Seen::Stopped(stopped) => Some(&stopped.root),
+        }
     }
 
     /// The number of the device that this device file stands for.
     pub fn device_file(&self) -> Option<u64> {
-        rustix::fs::FileType::from_raw_mode(u32::from(self.stat.stx_mode))
+        let Seen::Whole(stat) = &self.seen else { return None };
+        rustix::fs::FileType::from_raw_mode(u32::from(stat.stx_mode))
             .is_block_device()
-            .then(|| rustix::fs::makedev(self.stat.stx_rdev_major, self.stat.stx_rdev_minor))
+            .then(|| rustix::fs::makedev(stat.stx_rdev_major, stat.stx_rdev_minor))
+    }
+
+    /// The id of the mount that it is in, as the mount table has it.
+    fn mount(&self) -> Option<String> {
+        match &self.seen {
+            Seen::Whole(stat) => Some(stat.stx_mnt_id.to_string()),
+            Seen::Stopped(stopped) => Some(stopped.mount.clone()),
+        }
     }
 
     /// Do both show the same file or directory of the same file system?
     pub fn is_same(&self, other: &Self) -> bool {
-        self.device() == other.device() && self.stat.stx_ino == other.stat.stx_ino
+        self.device() == other.device() && self.inode() == other.inode() && self.inode() != 0
     }
 
     /// Can nothing be written through this mount?
@@ -66,11 +123,35 @@ impl Place {
     }
 
     fn is_empty(&self) -> Result<bool> {
-        if !rustix::fs::FileType::from_raw_mode(u32::from(self.stat.stx_mode)).is_dir() {
-            return Ok(self.stat.stx_size == 0);
+        if let Seen::Whole(stat) = &self.seen
+            && !rustix::fs::FileType::from_raw_mode(u32::from(stat.stx_mode)).is_dir()
+        {
+            return Ok(stat.stx_size == 0);
         }
         let mut entries = std::fs::read_dir(paths::of_fd(&self.fd)).context(|| "cannot read a directory".to_owned())?;
         Ok(entries.next().is_none())
+    }
+}
+
+impl Stopped {
+    /// `None`: the mount table has nothing of it.
+    fn of(fd: &OwnedFd, path: &Path) -> Result<Option<Self>> {
+        use std::os::fd::AsRawFd;
+        let info = std::fs::read_to_string(format!("/proc/self/fdinfo/{}", fd.as_raw_fd()));
+        let info = info.context(|| "cannot ask which mount a file is in".to_owned())?;
+        let Some(id) = info.lines().find_map(|line| line.strip_prefix("mnt_id:")).map(str::trim) else {
+            return Ok(None);
+        };
+        let table = table()?;
+        let Some(line) = lines(&table).find(|line| line.id == id) else { return Ok(None) };
+        let Some((major, minor)) = line.device.split_once(':') else { return Ok(None) };
+        let (Ok(major), Ok(minor)) = (major.parse(), minor.parse()) else { return Ok(None) };
+        Ok(Some(Self {
+            is_mount: last_line_at(&table, path) == Some(line.whole),
+            device: rustix::fs::makedev(major, minor),
+            mount: id.to_owned(),
+            root: unescaped(OsStr::new(line.root)),
+        }))
     }
 }
 
@@ -108,6 +189,11 @@ pub fn ensure_vacant(path: &Path, kind: paths::Kind) -> Result<(OwnedFd, bool)> 
 /// # Errors
 /// `Conflict` when it is there with the other read-only flag; `Precondition` as for [`ensure_vacant`].
 pub fn ensure_bind(source: &Path, target: &Path, read_only: bool) -> Result<()> {
+    ensure_bind_with(source, target, read_only, &[])
+}
+
+/// As [`ensure_bind`], for a mount with attributes of its own.
+pub fn ensure_bind_with(source: &Path, target: &Path, read_only: bool, attributes: &[Attribute]) -> Result<()> {
     let what = || format!("cannot bind {} to {}", source.display(), target.display());
     let Some(from) = Place::at(source)? else {
         fail!(Precondition, "nothing is staged at {}", source.display());
@@ -128,8 +214,10 @@ pub fn ensure_bind(source: &Path, target: &Path, read_only: bool) -> Result<()> 
     let bind = || {
         let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC | OpenTreeFlags::AT_EMPTY_PATH;
         let tree = rustix::mount::open_tree(&from.fd, "", flags)?;
-        if read_only {
-            set_read_only(&tree)?;
+        let read_only = Some(MountAttrFlags::MOUNT_ATTR_RDONLY).filter(|_| read_only);
+        let set = attributes.iter().map(|attribute| attribute.flag()).chain(read_only).collect::<MountAttrFlags>();
+        if !set.is_empty() {
+            set_attributes(&tree, set)?;
         }
         let flags = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH | MoveMountFlags::MOVE_MOUNT_T_EMPTY_PATH;
         rustix::mount::move_mount(&tree, "", &to, "", flags)
@@ -199,7 +287,7 @@ pub fn narrow(path: &Path, inner: &Path) -> Result<()> {
         let from = rustix::fs::openat2(&root, inner, flags, Mode::empty(), resolve)?;
         let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC | OpenTreeFlags::AT_EMPTY_PATH;
         let tree = rustix::mount::open_tree(&from, "", flags)?;
-        set_read_only(&tree)?;
+        set_attributes(&tree, MountAttrFlags::MOUNT_ATTR_RDONLY)?;
         Ok(tree)
     };
     let tree = clone().map_err(|errno| match errno {
@@ -235,9 +323,29 @@ pub fn places_where(fits: impl Fn(&str) -> bool) -> Result<Vec<PathBuf>> {
 pub fn binds_of(path: &Path) -> Result<Vec<PathBuf>> {
     let Some(place) = Place::at(path)? else { return Ok(Vec::new()) };
     let table = table()?;
-    let id = place.stat.stx_mnt_id.to_string();
+    let Some(id) = place.mount() else { return Ok(Vec::new()) };
     let Some(this) = lines(&table).find(|line| line.id == id) else { return Ok(Vec::new()) };
     places(&table, |line| line.id != id && line.device == this.device && line.root == this.root)
+}
+
+/// Where a directory, or one in it, is shown other than by its file system's own mounts: binds of it. Reads the whole mount table.
+pub fn users_of_directory(path: &Path) -> Result<Vec<PathBuf>> {
+    let path = &match std::fs::canonicalize(path) {
+        Ok(path) => path,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(error) => return Err(error).context(|| format!("cannot look at {}", path.display())),
+    };
+    let Some(place) = Place::at(path)? else { return Ok(Vec::new()) };
+    let table = table()?;
+    let Some(id) = place.mount() else { return Ok(Vec::new()) };
+    let Some(own) = lines(&table).find(|line| line.id == id) else { return Ok(Vec::new()) };
+    let mounted = MountInfo::from_line(own.whole).map_err(|error| {
+        Error::caused(ErrorKind::Internal, format!("cannot parse {:?} of the mount table", own.whole), error)
+    })?;
+    // Where it lies in its file system, of which the mount may show a part only.
+    let Ok(below) = path.strip_prefix(unescaped(mounted.mount_point.as_os_str())) else { return Ok(Vec::new()) };
+    let root = unescaped(OsStr::new(own.root)).join(below);
+    places(&table, |line| line.device == own.device && unescaped(OsStr::new(line.root)).starts_with(&root))
 }
 
 /// Where a block device's file system is mounted, or the device itself is shown. Reads the whole mount table.
@@ -304,9 +412,17 @@ fn table() -> Result<String> {
 }
 
 /// mount_setattr(2), Linux 5.12.
-fn set_read_only(tree: &OwnedFd) -> rustix::io::Result<()> {
+fn set_attributes(tree: &OwnedFd, set: MountAttrFlags) -> rustix::io::Result<()> {
     use std::os::fd::AsRawFd;
-    let attributes = libc::mount_attr { attr_set: libc::MOUNT_ATTR_RDONLY, attr_clr: 0, propagation: 0, userns_fd: 0 };
+    // How times of access are kept is one value of several bits: all of them go before one is set.
+    let times =
+        if set.contains(MountAttrFlags::MOUNT_ATTR_NOATIME) || set.contains(MountAttrFlags::MOUNT_ATTR_STRICTATIME) {
+            libc::MOUNT_ATTR__ATIME
+        } else {
+            0
+        };
+    let attributes =
+        libc::mount_attr { attr_set: u64::from(set.bits()), attr_clr: times, propagation: 0, userns_fd: 0 };
     #[expect(unsafe_code, reason = "no crate wraps mount_setattr")]
     // SAFETY: the path is a NUL-terminated literal, and the structure and its size are those that the call expects.
     let result = unsafe {

@@ -203,7 +203,8 @@ fn limit() -> rustix::io::Result<()> {
     Ok(())
 }
 
-fn only_standard_descriptors() -> std::io::Result<()> {
+/// The program that this process becomes has no other descriptors. Only system calls are made.
+pub(super) fn only_standard_descriptors() -> std::io::Result<()> {
     #[expect(unsafe_code, reason = "rustix does not wrap close_range")]
     // SAFETY: it takes integers. Nothing is closed before exec, so what the child still uses stays open until then.
     let result = unsafe { libc::syscall(libc::SYS_close_range, 3, libc::c_uint::MAX, libc::CLOSE_RANGE_CLOEXEC) };

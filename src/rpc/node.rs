@@ -89,13 +89,18 @@ impl Node for Front {
                         fail!(Invalid, "an inline volume is born empty: read-only it would stay so");
                     }
                     let ephemeral = backend.ephemeral().ok_or_else(|| absent("inline volumes"))?;
-                    ephemeral.ensure_present(&id, &target, &capability.access, &context)
+                    ephemeral.ensure_present(&id, &target, &capability.access, &context)?;
+                    backend.published(&id, &target)
                 })
                 .await?;
             } else {
                 let path = MountPath::new("staging_target_path", &request.staging_target_path)?;
                 let publish = Publish { stage: Stage { id, path, capability, context }, target, read_only };
-                self.work([publish.stage.id.to_string()], move || publish.bind(backend.as_ref(), &secrets)).await?;
+                self.work([publish.stage.id.to_string()], move || {
+                    publish.bind(backend.as_ref(), &secrets)?;
+                    backend.published(&publish.stage.id, &publish.target)
+                })
+                .await?;
             }
             Ok(csi::NodePublishVolumeResponse {})
         })

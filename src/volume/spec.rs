@@ -163,6 +163,12 @@ impl Topology {
         Self(BTreeMap::from([(Self::NODE.to_owned(), node.as_str().to_owned())]))
     }
 
+    /// The same place, with these labels too.
+    pub fn with(mut self, labels: &BTreeMap<String, String>) -> Self {
+        self.0.extend(labels.iter().map(|(key, value)| (key.clone(), value.clone())));
+        self
+    }
+
     /// The label that says on which node a local volume lies.
     pub const NODE: &'static str = "topology.berth.dev/node";
 

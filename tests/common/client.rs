@@ -210,6 +210,17 @@ impl Client {
         self.controller.clone().get_capacity(csi::GetCapacityRequest::default()).await.unwrap().into_inner()
     }
 
+    /// Waits until there is so much room: what was deleted when a driver died is removed in the background.
+    pub async fn room_comes_back(&self, wanted: i64) {
+        let end = std::time::Instant::now() + std::time::Duration::from_secs(60);
+        let mut room = self.capacity().await.available_capacity;
+        while room != wanted && std::time::Instant::now() < end {
+            tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+            room = self.capacity().await.available_capacity;
+        }
+        assert_eq!(room, wanted);
+    }
+
     pub async fn health(&self, id: &str) -> Result<Vec<String>, Status> {
         let request =
             csi::ControllerGetVolumeHealthRequest { volume_id: id.to_owned(), secrets: self.secrets[0].clone() };

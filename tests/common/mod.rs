@@ -4,6 +4,8 @@
 
 pub mod ceph;
 mod client;
+pub mod crash;
+pub mod disks;
 pub mod faulty;
 pub mod files;
 pub mod mount;
@@ -108,6 +110,15 @@ impl Lab {
         File::create(&image).unwrap().set_len(size.cast_unsigned()).unwrap();
         run(&format!("mkfs.{filesystem}"), &["-q", image.to_str().unwrap()]);
         self.mount_pool(name);
+    }
+
+    /// A pool on a whole disk with project quotas. What was on the disk is lost.
+    pub fn make_pool_on(&self, name: &str, disk: &Path) {
+        run("mkfs.xfs", &["-q", "-f", disk.to_str().unwrap()]);
+        // By this name a pool's mount is told from a volume's.
+        std::os::unix::fs::symlink(disk, self.path(&format!("{name}.img"))).unwrap();
+        std::fs::create_dir_all(self.path(name)).unwrap();
+        run("mount", &["-o", "prjquota,noatime", disk.to_str().unwrap(), self.path(name).to_str().unwrap()]);
     }
 
     pub fn mount_pool(&self, name: &str) {
@@ -235,6 +246,11 @@ impl Lab {
     /// Nothing of the volumes is left: no mount, no loop device, no folder.
     pub fn assert_clean(&self) {
         self.assert_no_places();
+        // What was a directory is removed in the background.
+        let end = Instant::now() + Duration::from_secs(60);
+        while !self.entries("trash").is_empty() && Instant::now() < end {
+            std::thread::sleep(Duration::from_millis(20));
+        }
         for folder in ["volumes", "snapshots", "tmp", "trash"] {
             assert_eq!(self.entries(folder), Vec::<String>::new(), "{folder}");
         }
@@ -297,6 +313,18 @@ pub fn run(program: &str, arguments: &[&str]) -> String {
     let output = Command::new(program).args(arguments).output().unwrap();
     assert!(output.status.success(), "{program} {arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
     String::from_utf8(output.stdout).unwrap()
+}
+
+/// Unmounts, as soon as nobody looks at what is there: a driver does so now and then.
+pub fn unmount(arguments: &[&str]) {
+    let end = Instant::now() + Duration::from_secs(10);
+    while Instant::now() < end {
+        if Command::new("umount").args(arguments).stderr(Stdio::null()).status().unwrap().success() {
+            return;
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    run("umount", arguments);
 }
 
 /// Runs `berth` to its end and asserts its exit code; standard output and standard error.

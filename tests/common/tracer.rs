@@ -6,8 +6,11 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 /// The system calls that change files, mounts or devices.
-const STEPS: &str = "mkdir,mkdirat,fallocate,ftruncate,fsync,fdatasync,syncfs,rename,renameat,renameat2,unlink,unlinkat,rmdir,\
-                     ioctl,lseek,mount,umount2,open_tree,move_mount,mount_setattr,fsopen,fsconfig,fsmount,vfork,clone3";
+pub const STEPS: &str = "mkdir,mkdirat,fallocate,ftruncate,fsync,fdatasync,syncfs,rename,renameat,renameat2,unlink,unlinkat,rmdir,\
+                     ioctl,lseek,mount,umount2,open_tree,move_mount,mount_setattr,fsopen,fsconfig,fsmount,quotactl_fd,chmod,clone,vfork,clone3";
+
+/// Those that start a program.
+pub const STARTS: &str = "clone";
 
 /// A system call, and which of its occurrences.
 pub type Step = (String, u32);
@@ -17,8 +20,8 @@ pub struct Tracer(Child);
 
 impl Tracer {
     /// Writes down the steps that are made.
-    pub fn watch(pid: u32, log: &Path) -> Self {
-        Self::attach(pid, &["-e", &format!("trace={STEPS}"), "-o", log.to_str().unwrap()])
+    pub fn watch(pid: u32, log: &Path, steps: &str) -> Self {
+        Self::attach(pid, &["-e", &format!("trace={steps}"), "-o", log.to_str().unwrap()])
     }
 
     /// Kills whoever is about to make this step.

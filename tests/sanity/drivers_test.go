@@ -1,11 +1,6 @@
 package sanity
 
-import (
-	"os"
-	"os/exec"
-	"path/filepath"
-	"testing"
-)
+import "testing"
 
 // A driver is what differs between the values of BERTH_DRIVER.
 type driver struct {
@@ -25,40 +20,15 @@ type driver struct {
 	parameters map[string]string
 	// mutableParameters are given to volumes that are made with, or modified to, a VolumeAttributesClass.
 	mutableParameters map[string]string
+	// without has patterns of the specs that the class has no use for, though the driver has the capability.
+	without []string
 }
 
 // In the instance's directory; its form is that of csi-sanity.
 const secretsFile = "secrets.yaml"
 
 var drivers = map[string]driver{
-	"nvme": {
-		setup:     mountPool,
-		leftovers: poolLeftovers,
-		access:    []string{"mount", "block"},
-		capabilities: []string{
-			"controller CREATE_DELETE_VOLUME",
-			"controller LIST_VOLUMES",
-			"controller GET_CAPACITY",
-			"controller CREATE_DELETE_SNAPSHOT",
-			"controller LIST_SNAPSHOTS",
-			"controller CLONE_VOLUME",
-			"controller GET_VOLUME",
-			"controller GET_SNAPSHOT",
-			"controller SINGLE_NODE_MULTI_WRITER",
-			"controller GET_VOLUME_HEALTH",
-			"controller LIST_VOLUME_HEALTH",
-			"node STAGE_UNSTAGE_VOLUME",
-			"node GET_VOLUME_STATS",
-			"node EXPAND_VOLUME",
-			"node SINGLE_NODE_MULTI_WRITER",
-			"node GET_VOLUME_HEALTH",
-			"node GET_STORAGE_HEALTH",
-			"plugin CONTROLLER_SERVICE",
-			"plugin VOLUME_ACCESSIBILITY_CONSTRAINTS",
-			"plugin SNAPSHOT_ACCESSIBILITY_CONSTRAINTS",
-			"plugin expansion ONLINE",
-		},
-	},
+	"nvme": nvmeDriver(),
 	"s3": {
 		setup:             describeService,
 		leftovers:         serviceLeftovers,
@@ -113,53 +83,4 @@ var drivers = map[string]driver{
 			"plugin expansion ONLINE",
 		},
 	},
-}
-
-// The pool is a sparse file: what the volumes don't write takes no space.
-const poolSize = 64 << 30
-
-// mountPool makes the XFS file system that nvme carves its volumes from. Reflinks are what snapshots need; mkfs.xfs
-// has them on by default.
-func mountPool(t *testing.T, i *instance) string {
-	t.Helper()
-	image, pool := i.path("pool.img"), i.path("pool")
-	if err := os.WriteFile(image, nil, 0o600); err != nil {
-		t.Fatal(err)
-	}
-	if err := os.Truncate(image, poolSize); err != nil {
-		t.Fatal(err)
-	}
-	if err := os.Mkdir(pool, 0o700); err != nil {
-		t.Fatal(err)
-	}
-	for _, command := range [][]string{{"mkfs.xfs", "-q", image}, {"mount", "-o", "loop", image, pool}} {
-		if out, err := exec.CommandContext(interrupted, command[0], command[1:]...).CombinedOutput(); err != nil {
-			t.Fatalf("%q: %v: %s", command, err, out)
-		}
-	}
-	return "pools:\n  - {name: main, path: " + pool + "}\n"
-}
-
-// poolLeftovers lists mounts of volumes, loop devices on them, and whatever the pool still stores.
-func poolLeftovers(t *testing.T, i *instance) []string {
-	var left []string
-	pool := i.path("pool")
-	for _, mount := range mountsBeneath(t, i.dir) {
-		if mount != pool {
-			left = append(left, "mount "+mount)
-		}
-	}
-	for device, file := range loopsBeneath(t, pool) {
-		left = append(left, "loop device "+device+" on "+file)
-	}
-	for _, name := range []string{"volumes", "snapshots", "trash", "tmp"} {
-		entries, err := os.ReadDir(filepath.Join(pool, name))
-		if err != nil { // one that does not exist would mean that we look in the wrong place
-			left = append(left, err.Error())
-		}
-		for _, entry := range entries {
-			left = append(left, filepath.Join(pool, name, entry.Name()))
-		}
-	}
-	return left
 }

@@ -10,6 +10,7 @@ import (
 	"context"
 	"fmt"
 	"maps"
+	"regexp"
 	"slices"
 	"strings"
 	"testing"
@@ -47,13 +48,14 @@ func TestSanity(t *testing.T) {
 		suite.Timeout = time.Until(deadline) - time.Minute // go test's own time-out would leave no time to clean up
 	}
 	reporter.NoColor = true
+	suite.SkipStrings = append(suite.SkipStrings, driverUnderTest(t).without...)
 	ginkgo.RunSpecs(t, "csi-sanity", suite, reporter)
 	if interrupted.Err() != nil {
 		t.Fatal("interrupted")
 	}
 
 	for _, access := range slices.Sorted(maps.Keys(instances)) {
-		checkReport(t, report, access, instances[access].driver.capabilities)
+		checkReport(t, report, access, instances[access].driver)
 		instances[access].expectNothingLeft(t)
 	}
 }
@@ -127,7 +129,7 @@ var skips = map[string]string{
 }
 
 // checkReport logs what became of every spec of one access type, and fails for each that was skipped without need.
-func checkReport(t *testing.T, report ginkgo.Report, access string, capabilities []string) {
+func checkReport(t *testing.T, report ginkgo.Report, access string, driver driver) {
 	var passed, failed, skipped int
 	var lines []string
 	for _, spec := range report.SpecReports.WithLeafNodeType(types.NodeTypeIt) {
@@ -143,13 +145,18 @@ func checkReport(t *testing.T, report ginkgo.Report, access string, capabilities
 		case spec.State == types.SpecStatePending:
 			skipped++
 			line += ": disabled by csi-test itself"
+		case slices.ContainsFunc(driver.without, func(pattern string) bool {
+			return regexp.MustCompile(pattern).MatchString(spec.FullText())
+		}):
+			skipped++
+			line += ": not for this class"
 		default:
 			skipped++
 			reason := spec.FailureMessage()
 			line += ": " + reason
 			if lacking, known := skips[reason]; !known {
 				t.Errorf("skipped without a good reason: %s", line)
-			} else if slices.Contains(capabilities, lacking) {
+			} else if slices.Contains(driver.capabilities, lacking) {
 				t.Errorf("skipped, though the driver has %q: %s", lacking, line)
 			}
 		}

@@ -6,44 +6,43 @@
 //! programs go on, a few milliseconds later. Between the two the volume's folder has a mark, so that the successor of a
 //! driver that died just then finds what to thaw, and never thaws what somebody else has frozen.
 
-use std::fs::File;
 use std::path::Path;
+use std::sync::Arc;
 
+use super::device::Backing;
+use super::pool::Pool;
 use super::{Located, Nvme, Sort};
 use crate::error::{Context, Result};
 use crate::host::{filesystem, loops, mounts};
 
-const MARK: &str = "frozen";
+pub(super) const MARK: &str = "frozen";
+
+/// Writes all of the file system that is mounted at `path`, superblock and all, to its device.
+pub(super) fn write(backing: &mut dyn Backing, path: &Path) -> Result<()> {
+    backing.mark_frozen(true)?;
+    // The mark stays only if it may still be frozen by us: a freeze that failed may be somebody else's.
+    let frozen = filesystem::freeze(path);
+    if frozen.is_ok() {
+        filesystem::thaw(path)?;
+    }
+    backing.mark_frozen(false)?;
+    frozen
+}
 
 impl Nvme {
-    /// Writes all of the file system that is mounted at `path`, superblock and all, to its device.
-    pub(super) fn checkpoint(&self, located: &Located<'_>, path: &Path) -> Result<()> {
-        let mark = located.folder.join(MARK);
-        File::create(&mark).context(|| format!("cannot mark {}", located.folder.display()))?;
-        // The mark stays only if it may still be frozen by us: a freeze that failed may be somebody else's.
-        let frozen = filesystem::freeze(path);
-        if frozen.is_ok() {
-            filesystem::thaw(path)?;
-        }
-        std::fs::remove_file(&mark).context(|| format!("cannot remove {}", mark.display()))?;
-        frozen
-    }
-
-    /// Thaws what a driver that died has left frozen. One volume or pool in trouble does not keep others frozen.
-    pub(super) fn thaw_leftovers(&self) {
-        for pool in &self.pools {
-            let ids = match pool.ask(|books| books.volumes.keys().cloned().collect::<Vec<_>>()) {
-                Ok(ids) => ids,
-                Err(error) => {
-                    tracing::error!(pool = pool.name(), %error, "cannot tell whether a volume was left frozen");
-                    continue;
-                }
-            };
-            for id in ids {
-                let located = Located { pool, folder: pool.folder(Sort::Volume, &id) };
-                if let Err(error) = thaw_leftover(&id, &located) {
-                    tracing::error!(volume.id = id, %error, "cannot thaw what an interrupted call left frozen");
-                }
+    /// Thaws what a driver that died has left frozen in this pool. One volume in trouble does not keep others frozen.
+    pub(super) fn thaw_leftovers(&self, pool: &Arc<Pool>) {
+        let ids = match pool.ask(|books| books.volumes.keys().cloned().collect::<Vec<_>>()) {
+            Ok(ids) => ids,
+            Err(error) => {
+                tracing::error!(pool = pool.name(), %error, "cannot tell whether a volume was left frozen");
+                return;
+            }
+        };
+        for id in ids {
+            let located = Located { pool, folder: pool.folder(Sort::Volume, &id) };
+            if let Err(error) = thaw_leftover(&id, &located) {
+                tracing::error!(volume.id = id, %error, "cannot thaw what an interrupted call left frozen");
             }
         }
     }

@@ -1,40 +1,29 @@
 //! Local volumes as things: made, found, listed, copied, deleted.
 
 use std::collections::BTreeMap;
-use std::fs::File;
 use std::ops::Bound;
-use std::path::PathBuf;
+use std::path::Path;
+use std::sync::Arc;
 
 use super::descriptor::{Contents, Descriptor, VolumeDescriptor};
-use super::parameters::{ClassParameters, Wanted, check_capabilities};
-use super::pool::{self, IMAGE, Pool};
-use super::{Located, Nvme, Sort, mkfs};
-use crate::backend::{Capacity, Cloning, Controller, Listing, Page, PageRequest, Snapshots, VolumeHealth};
-use crate::error::{Context, Error, ErrorKind, Result};
+use super::group::Group;
+use super::make::Origin;
+use super::parameters::{ClassParameters, check_capabilities, have_attributes_only};
+use super::pool::Pool;
+use super::{Found, Located, Nvme, Sort, carve, directory, reaper};
+use crate::backend::{
+    Capacity, Cloning, Controller, Listing, Modification, Page, PageRequest, Snapshots, VolumeHealth,
+};
+use crate::config::Carve;
+use crate::error::Result;
 use crate::host::filesystem::Kind;
 use crate::host::{files, loops, mounts};
 use crate::secrets::Secrets;
 use crate::volume::{
     Available, Capability, ContentSource, Health, HealthProblem, Name, Parameters, Spec, Topology, Volume, VolumeId,
-    format_bytes,
 };
 
-/// Sizes are multiples of this: the largest block size that disks have.
-const STEP: u64 = 4096;
-/// The size of a volume whose request names none.
-const DEFAULT_SIZE: u64 = 1 << 30;
-/// The smallest block volume.
-const MINIMUM_RAW: u64 = 1 << 20;
-
-/// The image that a new volume starts from.
-pub(super) struct Origin<'a> {
-    pub(super) pool: &'a Pool,
-    pub(super) image: PathBuf,
-    pub(super) size: u64,
-    pub(super) block_size: u32,
-    pub(super) contents: Contents,
-    pub(super) source: ContentSource,
-}
+pub(super) const NO_COPIES: &str = "has no snapshots and clones: volumes of the carve image have them";
 
 impl Controller for Nvme {
     fn volume_id(&self, name: &Name, _: &Parameters) -> Result<VolumeId> {
@@ -42,11 +31,11 @@ impl Controller for Nvme {
     }
 
     fn check(&self, capabilities: &[Capability], parameters: &Parameters, mutable: &Parameters) -> Result<()> {
-        check_capabilities(capabilities)?;
-        ClassParameters::parse(parameters)?;
-        match mutable.keys().next() {
+        let wanted = check_capabilities(capabilities)?;
+        let class = ClassParameters::parse(parameters)?.changed_by(mutable)?;
+        match class.carve {
+            Some(carve) => carve::check(carve, wanted, &class, have_attributes_only(capabilities)),
             None => Ok(()),
-            Some(key) => fail!(Invalid, "mutable parameter {key:?} is not known: local volumes have none"),
         }
     }
 
@@ -59,8 +48,8 @@ impl Controller for Nvme {
     }
 
     fn find(&self, id: &VolumeId, _: &Secrets) -> Result<Option<Volume>> {
-        let Some(located) = self.locate(Sort::Volume, id.as_str())? else { return Ok(None) };
-        Ok(Some(self.describe(id, &VolumeDescriptor::read(&located.folder)?)))
+        let Some(found) = self.find_volume(id.as_str())? else { return Ok(None) };
+        Ok(Some(self.describe(id, &found.descriptor()?)))
     }
 
     fn listing(&self) -> Option<&dyn Listing> {
@@ -70,6 +59,9 @@ impl Controller for Nvme {
         Some(self)
     }
     fn capacity(&self) -> Option<&dyn Capacity> {
+        Some(self)
+    }
+    fn modification(&self) -> Option<&dyn Modification> {
         Some(self)
     }
     fn cloning(&self) -> Option<&dyn Cloning> {
@@ -84,7 +76,10 @@ impl Nvme {
     /// Snapshots and clones share blocks; full copies of a disk would take minutes and are not offered. A pool whose
     /// disk is missing may have them when it comes: a sidecar asks once, and csi-snapshotter ends if the answer is no.
     fn may_reflink(&self) -> bool {
-        self.pools.iter().any(|pool| pool.state().is_err() || pool.has_reflink().unwrap_or(true))
+        let may = |pool: &Arc<Pool>| {
+            pool.offers(Carve::Image) && (pool.state().is_err() || pool.has_reflink().unwrap_or(true))
+        };
+        self.pools.iter().any(may)
     }
 
     pub(super) fn check_reflink(&self, pool: &Pool) -> Result<()> {
@@ -102,95 +97,22 @@ impl Nvme {
         Ok(())
     }
 
-    /// Makes a volume, empty or from an image, or finds it and compares.
-    pub(super) fn ensure_made(
-        &self,
-        sort: Sort,
-        id: &VolumeId,
-        spec: &Spec,
-        origin: Option<Origin<'_>>,
-    ) -> Result<Volume> {
-        let wanted = check_capabilities(&spec.capabilities)?;
-        let class = ClassParameters::parse(&spec.parameters)?;
-        let found = match self.locate_in(self.pools_named(class.pool.as_deref()), sort, id.as_str()) {
-            // What may lie in a pool that is missing was never handed out, or nobody would ask for it again.
-            Err(error) if error.kind() == ErrorKind::Unreachable => {
-                tracing::warn!(volume.id = %id, %error, "making it in another pool, or leaving it to another node");
-                None
-            }
-            found => found?,
-        };
-        if let Some(located) = found {
-            let present = VolumeDescriptor::read(&located.folder)?;
-            compare(&present, wanted, spec, origin.as_ref())?;
-            return Ok(self.describe(id, &present));
-        }
-        if !spec.places.is_empty() && !spec.places.iter().any(|place| self.topology.satisfies(place)) {
-            fail!(Exhausted, "the volume is wanted on another node than this one");
-        }
-        let minimum = match wanted {
-            Wanted::Block => MINIMUM_RAW,
-            Wanted::Mount(kind) => kind.unwrap_or(Kind::Ext4).minimum_size(),
-        };
-        let default = origin.as_ref().map_or(DEFAULT_SIZE, |origin| origin.size);
-        let size = match spec.capacity {
-            None => default,
-            Some(range) => range.choose(default, minimum, STEP)?,
-        };
-        if let (None, Some(kind)) = (&origin, wanted.filesystem(size)) {
-            mkfs::check(kind, &class.mkfs_options)?;
-        }
-        let contents = match (&origin, wanted.filesystem(size)) {
-            (_, None) => Contents::Raw,
-            (None, Some(kind)) => Contents::Blank(kind),
-            (Some(origin), Some(kind)) => inherited(origin, wanted, kind)?,
-        };
-        if let Some(origin) = &origin
-            && size < origin.size
-        {
-            let least = format_bytes(origin.size);
-            fail!(OutOfRange, "a volume made from {} needs at least {least}", origin.source);
-        }
-        if let Contents::Filesystem(kind) = contents
-            && origin.as_ref().is_some_and(|origin| size > origin.size)
-        {
-            kind.check_growth()?;
-        }
-        let pool = self.choose_pool(class.pool.as_deref(), origin.as_ref())?;
-        let mut fresh = VolumeDescriptor::new(id.as_str(), spec.name.as_str(), size, 0, contents);
-        fresh.mkfs_options = class.mkfs_options;
-        fresh.parameters = spec.parameters.clone();
-        fresh.owner = spec.owner.clone();
-        fresh.source = origin.as_ref().map(|origin| origin.source.clone());
-        let writer = pool.open()?;
-        writer.create(sort, id.as_str(), size, origin.is_some(), |folder| {
-            let path = folder.join(IMAGE);
-            let image = match &origin {
-                // What an interrupted mkfs left is nothing.
-                Some(origin) if !matches!(origin.contents, Contents::Formatting(_) | Contents::Blank(_)) => {
-                    let from =
-                        File::open(&origin.image).context(|| format!("cannot open {}", origin.image.display()))?;
-                    let image = files::reflink(&from, &path)?;
-                    files::resize(&image, size, !pool.is_thin())
-                        .context(|| format!("cannot grow {}", path.display()))?;
-                    image
-                }
-                _ => files::create_sized(&path, size, !pool.is_thin())?,
-            };
-            fresh.block_size = match &origin {
-                Some(origin) => origin.block_size,
-                None => files::direct_io_alignment(&image)?,
-            };
-            // In this order the second one finds nothing to do where a journal holds both.
-            fresh.write_new(folder)?;
-            image.sync_all().context(|| format!("cannot sync {}", path.display()))
-        })?;
-        Ok(self.describe(id, &fresh))
-    }
-
     /// Deletes a volume or snapshot that is not in use.
     pub(super) fn ensure_deleted(&self, sort: Sort, id: &str) -> Result<()> {
-        let Some(located) = self.locate(sort, id)? else { return Ok(()) };
+        let found = match sort {
+            Sort::Snapshot => self.locate(sort, id)?.map(Found::Folder),
+            Sort::Volume | Sort::Ephemeral => self.find_volume(id)?,
+        };
+        let located = match found {
+            None => return Ok(()),
+            Some(Found::Folder(located)) => located,
+            Some(Found::Logical(logical)) => {
+                logical.ensure_detached(self, id)?;
+                logical.group.delete(id)?;
+                reaper::reap(logical.group);
+                return Ok(());
+            }
+        };
         // A descriptor that can't be read does not keep a volume for ever; one that names another volume does.
         if let Ok(descriptor) = std::fs::read(located.folder.join(VolumeDescriptor::FILE))
             && let Ok(serde_json::Value::Object(descriptor)) = serde_json::from_slice(&descriptor)
@@ -199,47 +121,26 @@ impl Nvme {
             fail!(Internal, "{} holds the descriptor of {other}: not deleted", located.folder.display());
         }
         self.ensure_detached(id, &located)?;
-        located.pool.open()?.delete(sort, id)
+        located.pool.open()?.delete(sort, id)?;
+        reaper::reap(located.pool);
+        Ok(())
     }
 
-    fn choose_pool<'a>(&'a self, name: Option<&str>, origin: Option<&Origin<'a>>) -> Result<&'a Pool> {
-        if let Some(origin) = origin {
-            if name.is_some_and(|name| name != origin.pool.name()) {
-                fail!(
-                    Invalid,
-                    "the source lies in pool {}: blocks can't be shared with another pool",
-                    origin.pool.name()
-                );
-            }
-            return Ok(origin.pool);
-        }
-        let mut best: Option<(u64, &Pool)> = None;
-        for pool in self.pools_named(name) {
-            let free = pool.available()?;
-            if best.is_none_or(|(most, _)| free > most) {
-                best = Some((free, pool));
-            }
-        }
-        match (best, name) {
-            (Some((_, pool)), _) => Ok(pool),
-            (None, name) => {
-                let known = self.pools.iter().map(Pool::name).collect::<Vec<_>>().join(", ");
-                fail!(Exhausted, "this node has no pool {}; it has: {known}", name.unwrap_or_default())
-            }
-        }
-    }
-
-    fn pools_named<'a>(&'a self, name: Option<&str>) -> impl Iterator<Item = &'a Pool> {
+    pub(super) fn pools_named<'a>(&'a self, name: Option<&str>) -> impl Iterator<Item = &'a Arc<Pool>> {
         self.pools.iter().filter(move |pool| name.is_none_or(|name| name == pool.name()))
     }
 
-    fn describe(&self, id: &VolumeId, descriptor: &VolumeDescriptor) -> Volume {
+    pub(super) fn groups_named<'a>(&'a self, name: Option<&str>) -> impl Iterator<Item = &'a Arc<Group>> {
+        self.groups.iter().filter(move |group| name.is_none_or(|name| name == group.name()))
+    }
+
+    pub(super) fn describe(&self, id: &VolumeId, descriptor: &VolumeDescriptor) -> Volume {
         Volume {
             id: id.clone(),
             size: descriptor.size,
             context: context(descriptor),
             source: descriptor.source.clone(),
-            places: vec![self.topology.clone()],
+            places: vec![self.place.clone()],
         }
     }
 
@@ -251,7 +152,7 @@ impl Nvme {
             fail!(Busy, "{after:?} is no token of this list: begin it again");
         }
         let mut ids = BTreeMap::new();
-        let can_be_read = |pool: &&Pool| pool.state().err().is_none_or(|trouble| trouble.leaves_it_readable());
+        let can_be_read = |pool: &&Arc<Pool>| pool.state().err().is_none_or(|trouble| trouble.leaves_it_readable());
         for pool in self.pools.iter().filter(can_be_read) {
             pool.ask(|books| {
                 let all = if sort == Sort::Snapshot { &books.snapshots } else { &books.volumes };
@@ -260,33 +161,47 @@ impl Nvme {
                 ids.extend(ours.take(limit.saturating_add(1)).map(|(id, size)| (id.clone(), *size)));
             })?;
         }
+        if sort == Sort::Volume {
+            for group in &self.groups {
+                // One that is missing is in the storage's health.
+                let volumes = group.volumes().unwrap_or_default().into_values();
+                let behind = volumes.filter(|volume| after.is_none_or(|after| volume.name.as_str() > after));
+                let ours = behind.filter(|volume| self.is_ours(sort, &volume.name) == Some(true));
+                ids.extend(ours.map(|volume| (volume.name, volume.size)));
+            }
+        }
         Ok(ids)
     }
 
     /// What is wrong with a volume, as far as its files tell.
-    pub(super) fn problems(&self, located: &Located<'_>) -> Vec<HealthProblem> {
+    pub(super) fn problems(&self, found: &Found<'_>) -> Vec<HealthProblem> {
+        let located = match found {
+            Found::Folder(located) => located,
+            Found::Logical(logical) => return logical.problems(),
+        };
         let problem = |status, reason, message: String| HealthProblem { status, reason, message };
         let mut problems = Vec::new();
         let descriptor = VolumeDescriptor::read(&located.folder);
         if let Err(error) = &descriptor {
             problems.push(problem(Health::Inaccessible, "DescriptorDamaged", error.to_string()));
         }
-        let path = located.image();
-        match (path.symlink_metadata(), descriptor) {
-            (Err(error), _) if error.kind() == std::io::ErrorKind::NotFound => {
-                problems.push(problem(Health::DataLoss, "ImageMissing", format!("{} is gone", path.display())));
+        match descriptor {
+            Ok(VolumeDescriptor { contents: Contents::Directory { .. }, .. }) => {
+                let data = directory::data_of(&located.folder);
+                if let Err(error) = data.symlink_metadata() {
+                    let message = format!("{}: {error}", data.display());
+                    problems.push(problem(Health::DataLoss, "DirectoryMissing", message));
+                } else if !located.pool.has_quotas() {
+                    let message = "the pool is mounted without prjquota: the volume has no limit".to_owned();
+                    problems.push(problem(Health::Degraded, "NoQuotas", message));
+                }
             }
-            (Err(error), _) => {
-                let message = format!("cannot look at {}: {error}", path.display());
-                problems.push(problem(Health::Inaccessible, "ImageUnreadable", message));
-            }
-            (Ok(image), Ok(descriptor)) if image.len() < descriptor.size => {
-                let message = format!("{} has {} of {} bytes", path.display(), image.len(), descriptor.size);
-                problems.push(problem(Health::DataLoss, "ImageTruncated", message));
-            }
-            _ => {}
+            Ok(descriptor) => problems.extend(image_problem(&located.image(), Some(descriptor.size))),
+            // It may have been a directory.
+            Err(_) if directory::data_of(&located.folder).exists() => {}
+            Err(_) => problems.extend(image_problem(&located.image(), None)),
         }
-        if let Err(trouble) = located.pool.state() {
+        for trouble in located.pool.state().err().into_iter().chain(located.pool.warnings()) {
             problems.push(problem(Health::Degraded, trouble.reason, trouble.message));
         }
         problems
@@ -298,7 +213,7 @@ impl Nvme {
         for place in mounts::users_of_device(&device.path)?.iter().filter(|place| place.is_dir()) {
             files::sync_filesystem(place)?;
         }
-        device.sync()
+        files::sync_device(&device.path)
     }
 }
 
@@ -308,11 +223,11 @@ impl Listing for Nvme {
         let ids = self.ids_after(Sort::Volume, page.after.as_deref(), limit)?;
         page_of(ids, limit, |id, size| {
             let id = VolumeId::new(id)?;
-            let descriptor = self.locate_volume(&id)?.and_then(|found| VolumeDescriptor::read(&found.folder).ok());
+            let descriptor = self.find_volume(id.as_str())?.and_then(|found| found.descriptor().ok());
             // A damaged one is still there: its health says more.
             Ok(Some(match descriptor {
                 Some(descriptor) => self.describe(&id, &descriptor),
-                None => Volume { id, size, context: [].into(), source: None, places: vec![self.topology.clone()] },
+                None => Volume { id, size, context: [].into(), source: None, places: vec![self.place.clone()] },
             }))
         })
     }
@@ -332,7 +247,7 @@ pub(super) fn page_of<T>(
 
 impl VolumeHealth for Nvme {
     fn health(&self, id: &VolumeId, _: &Secrets) -> Result<Option<Vec<HealthProblem>>> {
-        Ok(self.locate(Sort::Volume, id.as_str())?.map(|located| self.problems(&located)))
+        Ok(self.find_volume(id.as_str())?.map(|found| self.problems(&found)))
     }
 
     fn list_unwell(&self, page: &PageRequest) -> Result<Page<(VolumeId, Vec<HealthProblem>)>> {
@@ -340,8 +255,8 @@ impl VolumeHealth for Nvme {
         let mut unwell = Page { entries: Vec::new(), next: None };
         for id in self.ids_after(Sort::Volume, page.after.as_deref(), usize::MAX)?.into_keys() {
             let id = VolumeId::new(id)?;
-            let Some(located) = self.locate_volume(&id)? else { continue };
-            let problems = self.problems(&located);
+            let Some(found) = self.find_volume(id.as_str())? else { continue };
+            let problems = self.problems(&found);
             if problems.is_empty() {
                 continue;
             }
@@ -359,18 +274,29 @@ impl Capacity for Nvme {
     fn available(&self, parameters: &Parameters, place: Option<&Topology>) -> Result<Available> {
         let class = ClassParameters::parse(parameters)?;
         let here = place.is_none_or(|place| self.topology.satisfies(place));
-        pool::sum_available(self.pools_named(class.pool.as_deref()).filter(|_| here), Kind::Ext4.minimum_size())
+        let mut sum = Available { total: 0, largest: 0, smallest: Kind::Ext4.minimum_size() };
+        for place in self.targets(class.pool.as_deref()).filter(|_| here) {
+            if class.carve.is_none_or(|carve| place.offers(carve)) {
+                let free = place.available_or_none();
+                sum.total += free;
+                sum.largest = sum.largest.max(free);
+            }
+        }
+        Ok(sum)
     }
 }
 
 impl Cloning for Nvme {
     fn ensure_clone(&self, id: &VolumeId, spec: &Spec, source: &VolumeId, _: &Secrets) -> Result<Volume> {
         self.check_source_here(Sort::Volume, source.as_str())?;
-        let Some(located) = self.locate(Sort::Volume, source.as_str())? else {
-            fail!(NotFound, "the source volume {source} does not exist");
+        let located = match self.find_volume(source.as_str())? {
+            Some(Found::Folder(located)) => located,
+            Some(Found::Logical(_)) => fail!(Precondition, "{source} {NO_COPIES}"),
+            None => fail!(NotFound, "the source volume {source} does not exist"),
         };
-        self.check_reflink(located.pool)?;
         let descriptor = VolumeDescriptor::read(&located.folder)?;
+        check_copyable(&descriptor)?;
+        self.check_reflink(located.pool)?;
         self.sync_users(&located)?;
         let origin = Origin {
             image: located.image(),
@@ -384,6 +310,30 @@ impl Cloning for Nvme {
     }
 }
 
+fn image_problem(path: &Path, size: Option<u64>) -> Option<HealthProblem> {
+    let (status, reason, message) = match path.symlink_metadata() {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+            (Health::DataLoss, "ImageMissing", format!("{} is gone", path.display()))
+        }
+        Err(error) => (Health::Inaccessible, "ImageUnreadable", format!("cannot look at {}: {error}", path.display())),
+        Ok(image) => {
+            let size = size.filter(|size| image.len() < *size)?;
+            let message = format!("{} has {} of {size} bytes", path.display(), image.len());
+            (Health::DataLoss, "ImageTruncated", message)
+        }
+    };
+    Some(HealthProblem { status, reason, message })
+}
+
+/// # Errors
+/// `Precondition` for a directory: its files could be copied, but not all at one instant.
+pub(super) fn check_copyable(descriptor: &VolumeDescriptor) -> Result<()> {
+    if let Contents::Directory { .. } = descriptor.contents {
+        fail!(Precondition, "{} {NO_COPIES}", descriptor.id);
+    }
+    Ok(())
+}
+
 /// For people who look at a PersistentVolume or a list; the node reads the descriptor.
 fn context(descriptor: &VolumeDescriptor) -> Parameters {
     let owner = &descriptor.owner;
@@ -393,45 +343,4 @@ fn context(descriptor: &VolumeDescriptor) -> Parameters {
         .filter(|(_, value)| !value.is_empty())
         .map(|(key, value)| (key.to_owned(), value.clone()))
         .collect()
-}
-
-/// What a copy of the origin's image holds; a blank one gets the `fresh` file system.
-fn inherited(origin: &Origin<'_>, wanted: Wanted, fresh: Kind) -> Result<Contents> {
-    match origin.contents {
-        Contents::Filesystem(kind) if matches!(wanted, Wanted::Mount(asked) if asked.is_none_or(|asked| asked == kind)) => {
-            Ok(Contents::Filesystem(kind))
-        }
-        Contents::Blank(_) | Contents::Formatting(_) => Ok(Contents::Blank(fresh)),
-        Contents::Filesystem(kind) => {
-            fail!(Invalid, "the source holds {}, and {} is asked for", kind.name(), fresh.name())
-        }
-        Contents::Raw => fail!(Invalid, "the source is a block volume, and a file system is asked for"),
-    }
-}
-
-/// Is the volume that exists the one that is asked for?
-fn compare(present: &VolumeDescriptor, wanted: Wanted, spec: &Spec, origin: Option<&Origin<'_>>) -> Result<()> {
-    let holds = match present.contents {
-        Contents::Raw => None,
-        Contents::Blank(kind) | Contents::Formatting(kind) | Contents::Filesystem(kind) => Some(kind),
-    };
-    let fits = match wanted {
-        Wanted::Block => holds.is_none(),
-        Wanted::Mount(kind) => holds.is_some_and(|holds| kind.is_none_or(|kind| kind == holds)),
-    };
-    let difference = if spec.capacity.is_some_and(|range| !range.allows(present.size)) {
-        format!("its size is {} bytes", present.size)
-    } else if !fits {
-        format!("it is made for {}", holds.map_or("block access", Kind::name))
-    } else if present.parameters != spec.parameters {
-        format!("its parameters are {:?}", present.parameters)
-    } else if present.source.as_ref() != origin.map(|origin| &origin.source) {
-        present.source.as_ref().map_or("it was made empty".to_owned(), |source| format!("it was made from {source}"))
-    } else {
-        return Ok(());
-    };
-    Err(Error::new(
-        ErrorKind::Conflict,
-        format!("volume {} of the name {} exists, but {difference}", present.id, present.name),
-    ))
 }

@@ -6,6 +6,7 @@ use std::time::{Duration, SystemTime};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
+use super::limits::Limits;
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::host::files;
 use crate::host::filesystem::Kind;
@@ -34,13 +35,22 @@ pub(super) struct VolumeDescriptor {
     pub(super) parameters: Parameters,
     /// What it was made from.
     pub(super) source: Option<ContentSource>,
+    /// How its device is encrypted, if it is.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(super) encryption: Option<Encryption>,
+    /// LUKS' header has been made.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub(super) sealed: bool,
+    /// Of I/O; they may be changed.
+    #[serde(default, skip_serializing_if = "Limits::is_none")]
+    pub(super) limits: Limits,
     /// For whom.
     pub(super) owner: Owner,
     /// Seconds since 1970.
     pub(super) created: u64,
 }
 
-/// What is in an image. A file system is made on the first use, not at creation, so creating takes no time.
+/// What a volume is made of. A file system is made on the first use, not at creation, so creating takes no time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub(super) enum Contents {
@@ -52,6 +62,21 @@ pub(super) enum Contents {
     Formatting(Kind),
     /// This file system. Never formatted again.
     Filesystem(Kind),
+    /// No image: a directory of the pool's file system, with this project id.
+    Directory {
+        /// Of XFS' project quotas.
+        project: u32,
+    },
+}
+
+/// How a logical volume is encrypted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub(super) enum Encryption {
+    /// LUKS, with a key that each staging brings.
+    Luks,
+    /// A random key that nobody knows, gone when the volume is unstaged: what it holds ends then too.
+    Throwaway,
 }
 
 /// A snapshot.
@@ -81,6 +106,9 @@ impl VolumeDescriptor {
             mkfs_options: Vec::new(),
             parameters: Parameters::new(),
             source: None,
+            encryption: None,
+            sealed: false,
+            limits: Limits::default(),
             owner: Owner::default(),
             created: since_1970().as_secs(),
         }
@@ -120,16 +148,27 @@ pub(super) trait Descriptor: Serialize + DeserializeOwned {
     /// # Errors
     /// `Internal` for one that is damaged, missing, of a newer version, or of another folder: nothing is guessed.
     fn read(folder: &Path) -> Result<Self> {
+        let read = Self::read_as_it_is(folder)?;
+        if folder.file_name().and_then(|name| name.to_str()) != Some(read.id()) {
+            let path = Self::path(folder);
+            fail!(Internal, "the descriptor {} is that of {}: the folder was moved", path.display(), read.id());
+        }
+        Ok(read)
+    }
+
+    /// As [`Self::read`], wherever the folder is now.
+    fn read_as_it_is(folder: &Path) -> Result<Self> {
         let path = Self::path(folder);
         let text = std::fs::read(&path).context(|| format!("cannot read the descriptor {}", path.display()))?;
-        let read: Self = serde_json::from_slice(&text).map_err(|error| {
-            Error::caused(ErrorKind::Internal, format!("the descriptor {} is damaged", path.display()), error)
-        })?;
+        Self::parse(&text, &path.display().to_string())
+    }
+
+    /// Reads a descriptor that lies there.
+    fn parse(text: &[u8], place: &str) -> Result<Self> {
+        let read: Self = serde_json::from_slice(text)
+            .map_err(|error| Error::caused(ErrorKind::Internal, format!("the descriptor {place} is damaged"), error))?;
         if read.version() != VERSION {
-            fail!(Internal, "the descriptor {} has version {}, not {VERSION}", path.display(), read.version());
-        }
-        if folder.file_name().and_then(|name| name.to_str()) != Some(read.id()) {
-            fail!(Internal, "the descriptor {} is that of {}: the folder was moved", path.display(), read.id());
+            fail!(Internal, "the descriptor {place} has version {}, not {VERSION}", read.version());
         }
         Ok(read)
     }

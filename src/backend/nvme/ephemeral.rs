@@ -7,6 +7,7 @@ use super::parameters::InlineAttributes;
 use super::{Nvme, Sort};
 use crate::backend::{Ephemeral, Stage};
 use crate::error::{ErrorKind, Result};
+use crate::secrets::Secrets;
 use crate::volume::{Access, AccessMode, Capability, MountPath, Name, Owner, Parameters, Spec, VolumeId};
 
 impl Ephemeral for Nvme {
@@ -23,14 +24,14 @@ impl Ephemeral for Nvme {
             places: Vec::new(),
         };
         let own = self.ephemeral_id(id)?;
-        let made = match self.locate(Sort::Ephemeral, own.as_str()) {
+        let made = match self.find_volume(own.as_str()) {
             Err(error) if error.kind() == ErrorKind::Unreachable => true,
             found => found?.is_none(),
         };
         self.ensure_made(Sort::Ephemeral, &own, &spec, None)?;
         let stage = Stage { id: own.clone(), path: path.clone(), capability, context: Parameters::new() };
-        let staged = match self.locate(Sort::Ephemeral, own.as_str())? {
-            Some(located) => self.stage(&located, &stage),
+        let staged = match self.find_volume(own.as_str())? {
+            Some(found) => self.stage(found, &stage, &Secrets::default()),
             None => fail!(Internal, "the volume {own} vanished while it was mounted"),
         };
         if let Err(error) = &staged

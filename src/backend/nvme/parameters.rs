@@ -1,6 +1,9 @@
 //! What a class, an inline volume and mount options may say: one struct for each, unknown keys refused.
 
+use super::descriptor::Encryption;
+use super::limits::Limits;
 use super::mkfs;
+use crate::config::Carve;
 use crate::error::Result;
 use crate::host::filesystem::{Attribute, Kind, MountOptions};
 use crate::volume::{Access, Capability, CapacityRange, MountFlag, Parameters, parse_bytes};
@@ -10,8 +13,16 @@ use crate::volume::{Access, Capability, CapacityRange, MountFlag, Parameters, pa
 pub(super) struct ClassParameters {
     /// `pool`: the name of a pool of the node's configuration. Absent: the pool with the most room.
     pub(super) pool: Option<String>,
+    /// `carve`: `directory`, `lvm` or `image`. Absent: what the pool is best at and can be what is asked for.
+    pub(super) carve: Option<Carve>,
     /// `mkfsOptions`: options of the allow-list for mkfs, such as `-m 0 -i 65536`; see `mkfs.rs`.
     pub(super) mkfs_options: Vec<String>,
+    /// `encryption`: `luks` or `throwaway`; only of the carve `lvm`.
+    pub(super) encryption: Option<Encryption>,
+    /// `stripes`: over how many disks each volume is laid; only of the carve `lvm`. Absent: one after the other.
+    pub(super) stripes: Option<u32>,
+    /// `iops`, `bandwidth` and so on: what each pod may do, a second. Not of the carve `directory`.
+    pub(super) limits: Limits,
 }
 
 /// Attributes of an inline volume (`volumes[].csi.volumeAttributes` of a pod).
@@ -19,26 +30,53 @@ pub(super) struct ClassParameters {
 pub(super) struct InlineAttributes {
     /// `size`: how big, such as `10Gi`. Needed.
     pub(super) size: CapacityRange,
-    /// `pool` and `mkfsOptions`: as in a StorageClass.
+    /// `pool`, `carve` and `mkfsOptions`: as in a StorageClass.
     pub(super) class: Parameters,
 }
 
 impl ClassParameters {
     pub(super) fn parse(parameters: &Parameters) -> Result<Self> {
         let mut parsed = Self::default();
-        for (key, value) in parameters {
+        let is_limit = |key: &str| Limits::KEYS.contains(&key);
+        let limits = parameters.iter().filter(|(key, _)| is_limit(key));
+        parsed.limits = Limits::default().changed_by(&limits.map(|(k, v)| (k.clone(), v.clone())).collect())?;
+        for (key, value) in parameters.iter().filter(|(key, _)| !is_limit(key)) {
             match key.as_str() {
                 "pool" => parsed.pool = Some(value.clone()),
+                "carve" => match Carve::parse(value) {
+                    Some(carve) => parsed.carve = Some(carve),
+                    None => fail!(Invalid, "carve {value:?} is not known: use directory, lvm or image"),
+                },
                 "mkfsOptions" => {
                     let words: Vec<_> = value.split_whitespace().map(str::to_owned).collect();
                     // Which of the two it will be is known later, and checked again then.
                     mkfs::check(Kind::Ext4, &words).or_else(|_| mkfs::check(Kind::Xfs, &words))?;
                     parsed.mkfs_options = words;
                 }
-                _ => fail!(Invalid, "parameter {key:?} is not known; known: pool, mkfsOptions"),
+                "encryption" => {
+                    parsed.encryption = Some(match value.as_str() {
+                        "luks" => Encryption::Luks,
+                        "throwaway" => Encryption::Throwaway,
+                        _ => fail!(Invalid, "encryption {value:?} is not known: use luks or throwaway"),
+                    });
+                }
+                "stripes" => match value.parse() {
+                    Ok(stripes @ 1..=128) => parsed.stripes = Some(stripes),
+                    _ => fail!(Invalid, "stripes {value:?}: write a number of disks from 1 to 128"),
+                },
+                _ => fail!(
+                    Invalid,
+                    "parameter {key:?} is not known; known: pool, carve, mkfsOptions, encryption, stripes, {}",
+                    Limits::KEYS.join(", ")
+                ),
             }
         }
         Ok(parsed)
+    }
+
+    /// With the limits of a VolumeAttributesClass.
+    pub(super) fn changed_by(self, mutable: &Parameters) -> Result<Self> {
+        Ok(Self { limits: self.limits.changed_by(mutable)?, ..self })
     }
 }
 
@@ -50,7 +88,9 @@ impl InlineAttributes {
         let Some(size) = class.remove("size") else {
             fail!(Invalid, "an inline volume needs the attribute `size`, such as `size: 10Gi`");
         };
-        ClassParameters::parse(&class)?;
+        if ClassParameters::parse(&class)?.encryption == Some(Encryption::Luks) {
+            fail!(Invalid, "an inline volume has no secret with a passphrase: use encryption throwaway");
+        }
         let size = i64::try_from(parse_bytes(&size)?).unwrap_or(i64::MAX);
         Ok(Self { size: CapacityRange::new(size, 0)?, class })
     }
@@ -110,6 +150,16 @@ pub(super) fn check_capabilities(capabilities: &[Capability]) -> Result<Wanted> 
         wanted = Some(this);
     }
     Ok(wanted.unwrap_or(Wanted::Mount(None)))
+}
+
+/// Are the mount options of these capabilities ones that every mount has, whatever is mounted?
+pub(super) fn have_attributes_only(capabilities: &[Capability]) -> bool {
+    capabilities.iter().all(|capability| match &capability.access {
+        Access::Block => true,
+        Access::Mount { flags, .. } => flags
+            .iter()
+            .all(|flag| matches!(flag.as_str(), "ro" | "rw" | "relatime") || Attribute::parse(flag.as_str()).is_some()),
+    })
 }
 
 /// Options that take a whole number.
@@ -183,6 +233,17 @@ pub(super) fn mount_options(kind: Kind, flags: &[MountFlag], read_only: bool) ->
     Ok(options)
 }
 
+/// The same for a directory, which is a part of a file system that is mounted already.
+pub(super) fn directory_options(flags: &[MountFlag], read_only: bool) -> Result<MountOptions> {
+    for flag in flags {
+        let text = flag.as_str();
+        if !matches!(text, "ro" | "rw" | "relatime") && Attribute::parse(text).is_none() {
+            fail!(Invalid, "mount option {text:?} is not allowed on a directory, only on a whole file system");
+        }
+    }
+    mount_options(Kind::Xfs, flags, read_only)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -197,7 +258,12 @@ mod tests {
         let parse =
             |key: &str, value: &str| ClassParameters::parse(&Parameters::from([(key.to_owned(), value.to_owned())]));
         assert_eq!(parse("mkfsOptions", " -m  0 ").unwrap().mkfs_options, ["-m", "0"]);
-        assert!(parse("Pool", "a").unwrap_err().to_string().contains("known: pool, mkfsOptions"));
+        assert!(
+            parse("Pool", "a")
+                .unwrap_err()
+                .to_string()
+                .contains("known: pool, carve, mkfsOptions, encryption, stripes")
+        );
         assert!(parse("mkfsOptions", "-J device=/dev/sda").is_err());
     }
 
@@ -209,7 +275,8 @@ mod tests {
         let parsed =
             InlineAttributes::parse(&context(&[("size", "1Gi"), ("csi.storage.k8s.io/ephemeral", "true")])).unwrap();
         assert_eq!(parsed.size.required(), 1 << 30);
-        for bad in [context(&[]), context(&[("size", "0")]), context(&[("size", "1Gi"), ("sise", "x")])] {
+        let luks = context(&[("size", "1Gi"), ("encryption", "luks")]);
+        for bad in [context(&[]), context(&[("size", "0")]), context(&[("size", "1Gi"), ("sise", "x")]), luks] {
             assert!(InlineAttributes::parse(&bad).is_err(), "{bad:?}");
         }
     }

@@ -2,29 +2,36 @@
 //!
 //! ```text
 //! lock                    held (flock) by whoever changes the pool; holds the generation number
-//! volumes/ID/             a volume: `image` and `volume.json`
+//! volumes/ID/             a volume: `volume.json`, and `image` or `data/`
 //! snapshots/ID/           a snapshot: `image` and `snapshot.json`
 //! tmp/ID/                 being made: thrown away when the pool is next opened
-//! trash/ID/               deleted: its bytes are on their way out
+//! trash/ID.GENERATION/    deleted: its bytes are on their way out
 //! ```
 //!
 //! The books say how many bytes are promised. They are a copy in memory of what the directory says, good as long as
 //! nobody else has raised the generation; whoever changes the pool raises it first. So a crash, or another process at
 //! work on the same pool, leads to a fresh count and never to a wrong one.
 
+mod writer;
+
 use std::cell::Cell;
-use std::collections::BTreeMap;
-use std::os::unix::fs::FileExt;
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs::File;
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::atomic::AtomicBool;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::SystemTime;
 
 use super::Sort;
-use crate::config::{self, Fallback};
+use super::directory::{self, Directory};
+use super::reaper::Trash;
+use crate::config::{self, Carve, Fallback};
 use crate::error::{Context, Result};
-use crate::host::extents;
 use crate::host::files::{self, FileLock};
-use crate::volume::{Available, format_bytes};
+use crate::host::{extents, mounts, quota, trees};
+use crate::volume::format_bytes;
+pub(super) use writer::Writer;
+use writer::{generation, write_generation};
 
 /// The image's name in a volume's folder.
 pub(super) const IMAGE: &str = "image";
@@ -35,14 +42,41 @@ const FOLDERS: [&str; 4] = ["volumes", "snapshots", "tmp", "trash"];
 /// The file system keeps 1/50 for its own metadata: records of extents, reference counts of shared blocks.
 const HEADROOM: u64 = 50;
 
+/// A file system has a few files of its own that are in no project: so many bytes are nobody's fault.
+const STRAY_OF_ITS_OWN: u64 = 64 << 10;
+
 /// Directories that lie on a node's root disk, as a process on the node or in a node pod sees it.
 const ROOT_DISK: [&str; 2] = ["/", "/var/lib/kubelet"];
 
 pub(super) struct Pool {
     config: config::Pool,
+    below: Option<Arc<dyn Below>>,
     books: Mutex<Option<Books>>,
     /// A device number, and whether its file system has reflink.
     reflink: Mutex<Option<(u64, bool)>>,
+    /// A thread empties the trash.
+    reaping: AtomicBool,
+}
+
+/// What a pool lies on, where Berth itself has put it there. Nothing here waits for a disk.
+pub(super) trait Below: Send + Sync {
+    /// Why it can't be used now.
+    fn trouble(&self) -> Option<Trouble>;
+
+    /// What is not well with it, though it can be used.
+    fn warnings(&self) -> Vec<Trouble> {
+        Vec::new()
+    }
+
+    /// Nothing new is made there.
+    fn is_closed(&self) -> bool {
+        false
+    }
+
+    /// Nothing has ever been made there, whether it can be used or not.
+    fn is_surely_empty(&self) -> bool {
+        false
+    }
 }
 
 /// What the pool holds: ids, and the bytes promised to each.
@@ -50,10 +84,17 @@ pub(super) struct Books {
     generation: u64,
     pub(super) volumes: BTreeMap<String, u64>,
     pub(super) snapshots: BTreeMap<String, u64>,
-    trash: BTreeMap<String, u64>,
+    trash: Things,
+    /// The volumes that are directories.
+    directories: BTreeMap<String, Directory>,
+    /// The project of the pool's own files, where quotas are in force.
+    own_project: Option<u32>,
     /// At most so many bytes will be needed yet, when blocks that copies share are written again.
     saved: Cell<u64>,
 }
+
+/// Sizes, and which of these are directories.
+type Things = BTreeMap<String, (u64, Option<Directory>)>;
 
 /// Why a pool can't be used now.
 #[derive(Clone, Debug)]
@@ -71,7 +112,15 @@ impl Trouble {
 
 impl Books {
     fn promised(&self) -> u64 {
-        [&self.volumes, &self.snapshots, &self.trash].into_iter().flat_map(BTreeMap::values).sum()
+        let trash = self.trash.values().map(|(size, _)| *size).sum::<u64>();
+        [&self.volumes, &self.snapshots].into_iter().flat_map(BTreeMap::values).sum::<u64>() + trash
+    }
+
+    /// The projects that something of ours has.
+    fn projects(&self) -> BTreeSet<u32> {
+        let trash = self.trash.values().filter_map(|(_, directory)| directory.as_ref());
+        let directories = self.directories.values().chain(trash);
+        directories.filter_map(|directory| directory.project).chain(self.own_project).collect()
     }
 
     fn of(&mut self, sort: Sort) -> &mut BTreeMap<String, u64> {
@@ -84,11 +133,26 @@ impl Books {
 
 impl Pool {
     pub(super) fn new(config: config::Pool) -> Self {
-        Self { config, books: Mutex::new(None), reflink: Mutex::new(None) }
+        Self {
+            config,
+            below: None,
+            books: Mutex::new(None),
+            reflink: Mutex::new(None),
+            reaping: AtomicBool::new(false),
+        }
+    }
+
+    /// On something that Berth looks after.
+    pub(super) fn on(config: config::Pool, below: Arc<dyn Below>) -> Self {
+        Self { below: Some(below), ..Self::new(config) }
     }
 
     pub(super) fn name(&self) -> &str {
         &self.config.name
+    }
+
+    pub(super) fn path(&self) -> &Path {
+        &self.config.path
     }
 
     pub(super) fn is_thin(&self) -> bool {
@@ -106,6 +170,9 @@ impl Pool {
 
     /// Can the pool be used now? `Err` says why not.
     pub(super) fn state(&self) -> Result<(), Trouble> {
+        if let Some(trouble) = self.below.as_ref().and_then(|below| below.trouble()) {
+            return Err(trouble);
+        }
         let path = self.config.path.display();
         let trouble = |reason, message| Err(Trouble { reason, message: format!("pool {}: {message}", self.name()) });
         let device = match files::device_of(&self.config.path) {
@@ -128,8 +195,92 @@ impl Pool {
         }
     }
 
+    /// Can volumes of this carve be made here?
+    pub(super) fn offers(&self, carve: Carve) -> bool {
+        (self.config.carves.is_empty() || self.config.carves.contains(&carve))
+            && match carve {
+                Carve::Directory => self.has_quotas(),
+                Carve::Lvm => false,
+                Carve::Image => true,
+            }
+    }
+
+    /// Are project quotas in force?
+    pub(super) fn has_quotas(&self) -> bool {
+        File::open(&self.config.path).is_ok_and(|root| quota::is_enforced(&root))
+    }
+
+    /// The volume whose directory has this inode on this device.
+    pub(super) fn directory_at(&self, device: u64, inode: u64) -> Result<Option<String>> {
+        if !files::device_of(&self.config.path).is_ok_and(|own| own == device) {
+            return Ok(None);
+        }
+        self.ask(|books| {
+            let mut directories = books.directories.iter();
+            directories.find(|(_, directory)| directory.inode == inode).map(|(id, _)| id.clone())
+        })
+    }
+
+    /// Bytes whose project was changed, and that no limit holds. `None`: nobody can tell, since other things lie on this
+    /// file system too, or it has no quotas.
+    pub(super) fn stray(&self) -> Result<Option<u64>> {
+        if !mounts::is_mount(&self.config.path)? || !self.has_quotas() {
+            return Ok(None);
+        }
+        let known = self.ask(Books::projects)?;
+        directory::stray(&self.root()?, &known).map(Some)
+    }
+
+    /// The pool's directory, open.
+    pub(super) fn root(&self) -> Result<File> {
+        File::open(&self.config.path).context(|| format!("cannot open {}", self.config.path.display()))
+    }
+
+    /// Everything that is wrong with it now.
+    pub(super) fn troubles(&self) -> Vec<Trouble> {
+        if let Err(trouble) = self.state() {
+            return vec![trouble];
+        }
+        let mut troubles = Vec::new();
+        let mut trouble = |reason, message| {
+            troubles.push(Trouble { reason, message: format!("pool {}: {message}", self.name()) });
+        };
+        if self.is_full() {
+            trouble("PoolFull", "it has no room left".to_owned());
+        }
+        match self.stray() {
+            Ok(Some(stray)) if stray > STRAY_OF_ITS_OWN => trouble(
+                "StrayFiles",
+                format!("{} lie in projects that are no volume's: a tenant has left its limit", format_bytes(stray)),
+            ),
+            Ok(_) => {}
+            Err(error) => trouble("QuotasUnknown", error.to_string()),
+        }
+        troubles.extend(self.warnings());
+        troubles
+    }
+
+    /// May a volume lie there that can't be seen now?
+    pub(super) fn may_hide_volumes(&self) -> bool {
+        !self.below.as_ref().is_some_and(|below| below.is_surely_empty())
+    }
+
+    /// What is not well, though the pool can be used.
+    pub(super) fn warnings(&self) -> Vec<Trouble> {
+        self.below.as_ref().map(|below| below.warnings()).unwrap_or_default()
+    }
+
+    /// Bytes promised to volumes and snapshots, counted without the lock and without changing anything.
+    pub(super) fn promised(&self) -> Result<u64> {
+        // Nobody has opened it yet.
+        if !self.config.path.join(FOLDERS[0]).exists() {
+            return Ok(0);
+        }
+        Ok(self.look(0)?.promised())
+    }
+
     /// Has the file system no room even for what is small?
-    pub(super) fn is_full(&self) -> bool {
+    fn is_full(&self) -> bool {
         files::space(&self.config.path).is_ok_and(|space| space.free < space.total / (2 * HEADROOM))
     }
 
@@ -151,7 +302,7 @@ impl Pool {
     pub(super) fn ask<T>(&self, question: impl FnOnce(&Books) -> T) -> Result<T> {
         let known = self.known_books();
         if let Some(books) = known.as_ref()
-            && std::fs::File::open(self.config.path.join(LOCK)).is_ok_and(|lock| generation(&lock) == books.generation)
+            && File::open(self.config.path.join(LOCK)).is_ok_and(|lock| generation(&lock) == books.generation)
         {
             return Ok(question(books));
         }
@@ -198,12 +349,22 @@ impl Pool {
         if self.state().is_err() {
             return Ok(0);
         }
-        self.ask(|books| self.available_beside(books))?
+        match self.ask(|books| self.available_beside(books)).flatten() {
+            // It broke while it was asked. The others have what they have.
+            Err(error) if self.state().is_err() => {
+                tracing::error!(pool = self.name(), %error, "a pool that can't be asked has no room");
+                Ok(0)
+            }
+            available => available,
+        }
     }
 
     /// Two limits: what the pool may hold less what it has promised, and what is free now less what it will yet need
     /// for what it has promised. They differ when something else lies on the file system.
     fn available_beside(&self, books: &Books) -> Result<u64> {
+        if self.below.as_ref().is_some_and(|below| below.is_closed()) {
+            return Ok(0);
+        }
         let space = files::space(&self.config.path)?;
         let promised = books.promised();
         let capped = self.config.cap.map_or(u64::MAX, |cap| cap.saturating_sub(promised));
@@ -215,14 +376,29 @@ impl Pool {
             // What was noted is an upper bound. It matters now: look.
             books.saved.set(self.count_saved()?);
         }
-        Ok(room.min(space.free.saturating_sub(books.saved.get())))
+        let needed = books.saved.get().saturating_add(self.needed_by_directories(books)?);
+        Ok(room.min(space.free.saturating_sub(needed)))
+    }
+
+    /// Directories take their space only when they are written.
+    fn needed_by_directories(&self, books: &Books) -> Result<u64> {
+        let sizes =
+            || books.directories.iter().filter_map(|(id, directory)| Some((*books.volumes.get(id)?, directory)));
+        if sizes().next().is_none() {
+            return Ok(0);
+        }
+        if !self.has_quotas() {
+            // Nobody knows what they have taken: as if it were nothing.
+            return Ok(sizes().map(|(size, _)| size).sum());
+        }
+        directory::needed(&self.root()?, sizes())
     }
 
     /// How many bytes the images save by sharing blocks.
     fn count_saved(&self) -> Result<u64> {
         let mut shared = Vec::new();
         for folder in ["volumes", "snapshots"] {
-            for id in self.sizes(folder)?.into_keys() {
+            for id in self.look_into(folder)?.into_keys() {
                 let path = self.config.path.join(folder).join(id).join(IMAGE);
                 match std::fs::File::open(&path).and_then(|image| extents::shared(&image)) {
                     Ok(found) => shared.extend(found),
@@ -245,39 +421,62 @@ impl Pool {
                 _ => {}
             }
         }
-        let mut trash = BTreeMap::new();
-        for name in ["tmp", "trash"] {
-            for (id, size) in self.sizes(name)? {
-                tracing::info!(pool = self.name(), id, "removing what an interrupted call left in {name}/");
-                if let Err(error) = files::remove_flat_directory(&self.config.path.join(name).join(&id)) {
-                    tracing::error!(pool = self.name(), id, %error, "cannot remove it: its bytes stay promised");
-                    trash.insert(id, size);
-                }
-            }
+        // Nobody was ever shown what is here. It is small.
+        for id in self.look_into("tmp")?.into_keys() {
+            tracing::info!(pool = self.name(), id, "removing what an interrupted call was making");
+            trees::remove(&self.config.path.join("tmp").join(&id))?;
         }
-        Ok(Books { trash, ..self.look(generation)? })
+        let own_project = match self.has_quotas() {
+            true => Some(directory::own_project(&self.config.path, &FOLDERS)?),
+            false => None,
+        };
+        Ok(Books { own_project, ..self.look(generation)? })
     }
 
     /// What the directory says, as it is.
     fn look(&self, generation: u64) -> Result<Books> {
-        let (volumes, snapshots) = (self.sizes("volumes")?, self.sizes("snapshots")?);
-        // What sharing saves is found out when it matters.
-        Ok(Books { generation, volumes, snapshots, trash: BTreeMap::new(), saved: Cell::new(u64::MAX) })
+        let volumes = self.look_into("volumes")?;
+        let sizes = |things: &Things| things.iter().map(|(id, (size, _))| (id.clone(), *size)).collect();
+        Ok(Books {
+            generation,
+            volumes: sizes(&volumes),
+            snapshots: sizes(&self.look_into("snapshots")?),
+            trash: self.look_into("trash")?,
+            directories: volumes.into_iter().filter_map(|(id, (_, directory))| Some((id, directory?))).collect(),
+            own_project: None,
+            // What sharing saves is found out when it matters.
+            saved: Cell::new(u64::MAX),
+        })
     }
 
-    /// The ids in one of the pool's folders, and the size of each one's image. One without an image counts nothing.
-    fn sizes(&self, folder: &str) -> Result<BTreeMap<String, u64>> {
+    /// What is in one of the pool's folders. One with neither image nor directory counts nothing.
+    fn look_into(&self, folder: &str) -> Result<Things> {
         let folder = self.config.path.join(folder);
         let what = || format!("cannot list {}", folder.display());
-        let mut sizes = BTreeMap::new();
+        let mut things = BTreeMap::new();
         for entry in std::fs::read_dir(&folder).context(what)? {
             let entry = entry.context(what)?;
-            if let Ok(id) = entry.file_name().into_string() {
-                let size = entry.path().join(IMAGE).symlink_metadata().map_or(0, |image| image.len());
-                sizes.insert(id, size);
-            }
+            let Ok(id) = entry.file_name().into_string() else { continue };
+            let thing = match entry.path().join(IMAGE).symlink_metadata() {
+                Ok(image) => (image.len(), None),
+                Err(_) => directory::look(&entry.path()).map_or((0, None), |(size, found)| (size, Some(found))),
+            };
+            things.insert(id, thing);
         }
-        Ok(sizes)
+        Ok(things)
+    }
+
+    /// Removes one thing that was deleted. Its room comes back when its bytes have.
+    fn empty(&self, name: &str) -> Result<()> {
+        trees::remove(&self.config.path.join("trash").join(name))?;
+        let mut writer = self.open()?;
+        if let Some((_, Some(Directory { project: Some(project), .. }))) = writer.books.trash.remove(name)
+            && !writer.books.projects().contains(&project)
+        {
+            quota::set_limits(&self.root()?, project, 0, 0)?;
+        }
+        writer.done();
+        Ok(())
     }
 
     fn known_books(&self) -> MutexGuard<'_, Option<Books>> {
@@ -285,120 +484,20 @@ impl Pool {
     }
 }
 
-/// The pool, locked. Dropped without `done`, the books are counted anew.
-pub(super) struct Writer<'a> {
-    pool: &'a Pool,
-    lock: FileLock,
-    books: Books,
-}
-
-impl Writer<'_> {
-    /// Promises bytes, if there is room for them.
-    ///
-    /// # Errors
-    /// `Exhausted`, with what there is.
-    pub(super) fn check_room(&self, bytes: u64) -> Result<()> {
-        let free = self.pool.available_beside(&self.books)?;
-        if bytes > free {
-            let (free, wanted) = (format_bytes(free), format_bytes(bytes));
-            fail!(Exhausted, "pool {} has {free} left, and {wanted} is wanted", self.pool.name());
-        }
-        Ok(())
+impl Trash for Pool {
+    fn name(&self) -> &str {
+        self.name()
     }
 
-    /// Makes a folder in `tmp/`, fills it, and moves it to its place: from then on the thing exists. A copy begins by
-    /// sharing blocks.
-    pub(super) fn create(
-        mut self,
-        sort: Sort,
-        id: &str,
-        size: u64,
-        is_copy: bool,
-        fill: impl FnOnce(&Path) -> Result<()>,
-    ) -> Result<()> {
-        let folder = self.pool.folder(sort, id);
-        if folder.symlink_metadata().is_ok() {
-            fail!(Busy, "{id} was made by another process just now: ask again");
-        }
-        self.check_room(size)?;
-        self.raise_generation()?;
-        let fresh = self.pool.config.path.join("tmp").join(id);
-        let made = std::fs::create_dir(&fresh)
-            .context(|| format!("cannot make {}", fresh.display()))
-            .and_then(|()| fill(&fresh))
-            .and_then(|()| files::sync_directory(&fresh))
-            .and_then(|()| files::rename_durably(&fresh, &folder));
-        if let Err(error) = made {
-            // Only one of the two can be there, and nobody has been told of it.
-            files::remove_flat_directory(&fresh)?;
-            return Err(error);
-        }
-        self.books.of(sort).insert(id.to_owned(), size);
-        if is_copy {
-            self.books.saved.set(self.books.saved.get().saturating_add(size));
-        }
-        self.done();
-        Ok(())
+    fn is_reaped(&self) -> &AtomicBool {
+        &self.reaping
     }
 
-    /// Deletes a volume or snapshot: gone with one rename, its bytes after that and without the lock.
-    pub(super) fn delete(mut self, sort: Sort, id: &str) -> Result<()> {
-        self.raise_generation()?;
-        let trash = self.pool.config.path.join("trash").join(id);
-        files::remove_flat_directory(&trash)?;
-        files::rename_durably(&self.pool.folder(sort, id), &trash)?;
-        let size = self.books.of(sort).remove(id).unwrap_or_default();
-        self.books.trash.insert(id.to_owned(), size);
-        let pool = self.pool;
-        self.done();
-        files::remove_flat_directory(&trash)?;
-        let mut writer = pool.open()?;
-        writer.books.trash.remove(id);
-        writer.done();
-        Ok(())
+    fn next(&self, given_up: &BTreeSet<String>) -> Result<Option<String>> {
+        self.ask(|books| books.trash.keys().find(|name| !given_up.contains(*name)).cloned())
     }
 
-    /// Notes that a volume has grown, which `grow` does.
-    pub(super) fn grow(mut self, id: &str, size: u64, grow: impl FnOnce() -> Result<()>) -> Result<()> {
-        let present = self.books.volumes.get(id).copied().unwrap_or_default();
-        self.check_room(size.saturating_sub(present))?;
-        self.raise_generation()?;
-        grow()?;
-        self.books.volumes.insert(id.to_owned(), size.max(present));
-        self.done();
-        Ok(())
+    fn remove(&self, name: &str) -> Result<()> {
+        self.empty(name)
     }
-
-    /// Everybody else's books are out of date from now on, whatever becomes of us.
-    fn raise_generation(&mut self) -> Result<()> {
-        self.books.generation = self.books.generation.wrapping_add(1);
-        write_generation(self.lock.file(), self.books.generation)
-            .context(|| format!("cannot write to the lock of pool {}", self.pool.name()))
-    }
-
-    /// The books are right: keep them.
-    fn done(self) {
-        *self.pool.known_books() = Some(self.books);
-    }
-}
-
-/// The number in the lock file; 0 in a new one.
-fn generation(lock: &std::fs::File) -> u64 {
-    let mut bytes = [0; 8];
-    lock.read_exact_at(&mut bytes, 0).map_or(0, |()| u64::from_le_bytes(bytes))
-}
-
-fn write_generation(lock: &std::fs::File, generation: u64) -> std::io::Result<()> {
-    lock.write_all_at(&generation.to_le_bytes(), 0)
-}
-
-/// The room in several pools.
-pub(super) fn sum_available<'a>(pools: impl Iterator<Item = &'a Pool>, smallest: u64) -> Result<Available> {
-    let mut sum = Available { total: 0, largest: 0, smallest };
-    for pool in pools {
-        let free = pool.available()?;
-        sum.total += free;
-        sum.largest = sum.largest.max(free);
-    }
-    Ok(sum)
 }

@@ -2,10 +2,11 @@
 
 use std::fs::File;
 
-use super::controller::{Origin, page_of};
+use super::controller::{NO_COPIES, check_copyable, page_of};
 use super::descriptor::{Descriptor, SnapshotDescriptor, VolumeDescriptor};
+use super::make::Origin;
 use super::pool::IMAGE;
-use super::{Nvme, Sort};
+use super::{Found, Nvme, Sort};
 use crate::backend::{Page, PageRequest, Snapshots};
 use crate::error::{Context, Result};
 use crate::host::files;
@@ -35,11 +36,14 @@ impl Snapshots for Nvme {
         if !places.is_empty() && !places.iter().any(|place| self.topology.satisfies(place)) {
             fail!(Exhausted, "the snapshot is wanted on another node; a local one is usable on its volume's node only");
         }
-        let Some(located) = self.locate(Sort::Volume, source.as_str())? else {
-            fail!(NotFound, "the source volume {source} does not exist");
+        let located = match self.find_volume(source.as_str())? {
+            Some(Found::Folder(located)) => located,
+            Some(Found::Logical(_)) => fail!(Precondition, "{source} {NO_COPIES}"),
+            None => fail!(NotFound, "the source volume {source} does not exist"),
         };
-        self.check_reflink(located.pool)?;
         let volume = VolumeDescriptor::read(&located.folder)?;
+        check_copyable(&volume)?;
+        self.check_reflink(located.pool)?;
         let fresh = SnapshotDescriptor::new(id, name.as_str(), &volume);
         let path = located.image();
         self.sync_users(&located)?;
@@ -47,7 +51,8 @@ impl Snapshots for Nvme {
             let image = File::open(&path).context(|| format!("cannot open {}", path.display()))?;
             let copy = files::reflink(&image, &folder.join(IMAGE))?;
             fresh.write_new(folder)?;
-            copy.sync_all().context(|| format!("cannot sync the snapshot of {source}"))
+            copy.sync_all().context(|| format!("cannot sync the snapshot of {source}"))?;
+            Ok(None)
         })?;
         self.describe_snapshot(&fresh)
     }
@@ -104,7 +109,7 @@ impl Nvme {
             size: descriptor.size,
             created: descriptor.created(),
             ready: true,
-            places: vec![self.topology.clone()],
+            places: vec![self.place.clone()],
         })
     }
 }
