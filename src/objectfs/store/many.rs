@@ -9,8 +9,9 @@ use base64::engine::general_purpose::STANDARD;
 use md5::{Digest, Md5};
 
 use super::failure::{failed, failure, kind_of};
+use super::legible::Legible;
 use super::sdk::S3;
-use super::wire::percent_decoded;
+use super::wire::{is_beyond_xml, percent_decoded};
 use super::{Store, StoreErrorKind, StoreResult, UploadId};
 
 /// The most keys that one call takes.
@@ -26,11 +27,6 @@ pub(super) async fn delete(s3: &S3, keys: &[String]) -> StoreResult<()> {
         s3.delete(key, None).await?;
     }
     Ok(())
-}
-
-/// XML 1.0, 2.2, and what services take for that.
-fn is_beyond_xml(letter: char) -> bool {
-    letter.is_control() || matches!(letter, '\u{fffe}' | '\u{ffff}')
 }
 
 async fn delete_page(s3: &S3, keys: &[&String]) -> StoreResult<()> {
@@ -73,6 +69,8 @@ pub(super) async fn uploads(s3: &S3, prefix: &str) -> StoreResult<Vec<(String, U
             let call = s3.client.list_multipart_uploads().bucket(&s3.bucket).prefix(prefix);
             let call = call.encoding_type(EncodingType::Url);
             let call = call.set_key_marker(key.clone()).set_upload_id_marker(upload.clone());
+            let call = call.customize();
+            let call = if prefix.chars().any(is_beyond_xml) { call.interceptor(Legible) } else { call };
             call.send().await.map_err(|error| failed("list uploads below", prefix, &error))
         });
         let page = page.await?;

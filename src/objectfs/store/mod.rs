@@ -18,6 +18,7 @@ mod connect;
 mod contract;
 pub mod embedded;
 mod failure;
+mod legible;
 mod many;
 pub mod patient;
 pub mod places;

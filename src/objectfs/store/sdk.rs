@@ -25,7 +25,8 @@ use futures_util::StreamExt;
 
 use super::connect::{Wallet, client};
 use super::failure::{broken, failed, failure};
-use super::wire::{body, etag, etag_of, headers, metadata, percent_decoded, percent_encoded};
+use super::legible::Legible;
+use super::wire::{body, etag, etag_of, headers, is_beyond_xml, metadata, percent_decoded, percent_encoded};
 use super::*;
 use crate::objectfs::settings::{Checksums, Credentials, Endpoint};
 
@@ -355,6 +356,7 @@ impl Store for S3 {
             _ => (None, request.after.clone()),
         };
         let (with, told) = (request.metadata && self.abilities.listed_metadata, told::Told::default());
+        let odd = prefix.chars().any(is_beyond_xml);
         let page = self.asked(|| async {
             let call = self.client.list_objects_v2().bucket(&self.bucket).prefix(prefix);
             let call = call.set_delimiter(request.delimiter.then(|| "/".to_owned()));
@@ -363,11 +365,20 @@ impl Store for S3 {
             let call = call.set_continuation_token(token.clone()).set_max_keys(limit);
             let call = call.customize();
             let call = if with { call.mutate_request(told::ask).interceptor(told.clone()) } else { call };
+            let call = if odd { call.interceptor(Legible) } else { call };
             call.send().await.map_err(|error| failed("list", prefix, &error))
         });
         let page = page.await?;
         let mut told = told.take();
         let encoded = page.encoding_type == Some(EncodingType::Url);
+        if odd && !encoded {
+            return Err(failure(
+                "list",
+                prefix,
+                StoreErrorKind::Invalid,
+                "the service does not encode keys in listings",
+            ));
+        }
         let decoded = |key: Option<String>| {
             let key = key.unwrap_or_default();
             if encoded { percent_decoded(&key).unwrap_or(key) } else { key }

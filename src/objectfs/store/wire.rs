@@ -89,6 +89,11 @@ pub(super) fn percent_encoded(key: &str) -> String {
     text
 }
 
+/// XML 1.0, 2.2, and what services take for that.
+pub(super) fn is_beyond_xml(letter: char) -> bool {
+    letter.is_control() || matches!(letter, '\u{fffe}' | '\u{ffff}')
+}
+
 /// Undoes the encoding of keys in listings, where a space may be `+` too. `None`: it is none.
 pub(super) fn percent_decoded(text: &str) -> Option<String> {
     if !text.contains(['%', '+']) {
