@@ -176,6 +176,14 @@ impl Metrics {
         }
     }
 
+    /// No figures of that are known any more.
+    pub fn forget(&self, pool: &str, disk: &str) {
+        let labels = PoolLabels { pool: pool.to_owned(), disk: disk.to_owned() };
+        for family in [&self.pools.up, &self.pools.size, &self.pools.free] {
+            family.remove(&labels);
+        }
+    }
+
     /// What a pool's disk says about itself.
     pub fn disk(&self, pool: &str, disk: &str, smart: &Smart) {
         let labels = PoolLabels { pool: pool.to_owned(), disk: disk.to_owned() };
@@ -261,5 +269,7 @@ mod tests {
         metrics.pool("fast", "S1", None);
         let text = metrics.encode();
         assert!(text.contains(r#"berth_pool_up{pool="fast",disk="S1"} 0"#) && !text.contains("berth_pool_size_bytes{"));
+        metrics.forget("fast", "S1");
+        assert!(!metrics.encode().contains("berth_pool_up{"));
     }
 }

@@ -11,6 +11,7 @@ use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
+use berth::proto::csi;
 use common::{GI, Lab, MI, Use, berth, is_root, mounts_below, read, refused, run, write};
 use serde_json::Value;
 use tonic::Code;
@@ -134,7 +135,7 @@ fn blank_disks_become_a_pool_and_nothing_is_done_unasked() {
         assert_eq!((&part["trouble"], &part["reflink"], &part["promised"]), (&Value::Null, &true.into(), &0.into()));
         let size = part["size"].as_u64().unwrap();
         assert!(size > SIZE * 8 / 10 && size <= SIZE, "{size}");
-        let device = text(part, "disk");
+        let device = text(&part["disks"][0], "name");
         let label = run("blkid", &["-o", "value", "-s", "LABEL", &format!("/dev/{device}")]);
         assert_eq!(label.trim(), "fast");
         let options = run("findmnt", &["-no", "OPTIONS", text(part, "path")]);
@@ -287,8 +288,10 @@ async fn a_pool_is_found_again_whatever_its_disks_are_called() {
     }
     let client = disks.lab.start().await;
     let names = |parts: &[Value]| {
-        let mut names: Vec<_> =
-            parts.iter().map(|part| (text(part, "uuid").to_owned(), text(part, "disk").to_owned())).collect();
+        let mut names: Vec<_> = parts
+            .iter()
+            .map(|part| (text(part, "uuid").to_owned(), text(&part["disks"][0], "name").to_owned()))
+            .collect();
         names.sort();
         names
     };
@@ -319,7 +322,7 @@ async fn a_disk_that_is_missing_takes_only_its_own_volumes_with_it() {
     let lost_part = parts.iter().find(|part| volume_on(part, &one)).unwrap();
     disks.lab.kill();
     disks.unmount();
-    let lost = format!("/dev/{}", text(lost_part, "disk"));
+    let lost = format!("/dev/{}", text(&lost_part["disks"][0], "name"));
     run("losetup", &["-d", &lost]);
 
     let client = disks.lab.start().await;
@@ -347,6 +350,33 @@ async fn a_disk_that_is_missing_takes_only_its_own_volumes_with_it() {
     client.remove(&back).await;
     client.remove(&mounted).await;
     client.delete(&third).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_file_system_that_stops_is_told_and_used_again_when_it_was_unmounted() {
+    skip_unless!(is_root(), "needs root");
+    let mut disks = Disks::new(2);
+    disks.create();
+    let client = disks.lab.start().await;
+    let [one, two] = ["a", "b"].map(|name| common::Client::request(name, 400 * MI, &Use::default()));
+    let one = client.try_create(one).await.unwrap().volume_id;
+    let two = client.try_create(two).await.unwrap().volume_id;
+    let lies_on = |part: &&Value| PathBuf::from(text(part, "path")).join("volumes").join(&one).exists();
+    let path = text(disks.parts().iter().find(lies_on).unwrap(), "path").to_owned();
+    run("xfs_io", &["-x", "-c", "shutdown", &path]);
+    assert_eq!(client.storage_health().await, ["PoolStopped"]);
+    refused(client.stage(&one, &disks.lab.staging("a"), &Use::default()).await, Code::Unavailable);
+    assert_eq!(client.health(&two).await.unwrap(), [""; 0]);
+    let mounted = client.mount(&disks.lab, &two, "b", &Use::default()).await;
+    client.remove(&mounted).await;
+    assert!(disks.berth(&["doctor"], 1).0.contains("has stopped"));
+    run("umount", &[&path]);
+    let end = Instant::now() + Duration::from_secs(60);
+    while !client.storage_health().await.is_empty() {
+        assert!(Instant::now() < end, "{}", disks.lab.log());
+        tokio::time::sleep(Duration::from_millis(200)).await;
+    }
+    client.delete(&one).await.unwrap();
 }
 
 #[tokio::test]
@@ -433,4 +463,30 @@ async fn the_root_disk_stands_in_where_that_is_allowed_and_only_until_there_is_a
     client.remove(&mounted).await;
     client.delete(&on_disk).await.unwrap();
     assert_eq!(client.storage_health().await, [""; 0]);
+}
+
+#[tokio::test]
+async fn labels_of_the_node_choose_it_and_are_no_part_of_a_volumes_place() {
+    skip_unless!(is_root(), "needs root");
+    let mut lab = Lab::without_driver("xfs", 2 * GI);
+    lab.config.labels = "rack: r1".to_owned();
+    let client = lab.start().await;
+    let map = |pairs: &[(&str, &str)]| csi::Topology { segments: common::map(pairs) };
+    let node = ("topology.berth.dev/node", "node-a");
+    let info = client.node.clone().node_get_info(csi::NodeGetInfoRequest::default()).await.unwrap().into_inner();
+    assert_eq!(info.accessible_topology, Some(map(&[node, ("rack", "r1")])));
+    let wanted = |name: &str, place: csi::Topology| {
+        let mut request = common::Client::request(name, 100 * MI, &Use::default());
+        let topology = csi::TopologyRequirement { requisite: vec![place], preferred: Vec::new() };
+        request.accessibility_requirements = Some(topology);
+        request
+    };
+    let volume = client.try_create(wanted("a", map(&[node, ("rack", "r1")]))).await.unwrap();
+    assert_eq!(volume.accessible_topology, [map(&[node])]);
+    refused(client.try_create(wanted("b", map(&[node, ("rack", "r2")]))).await, Code::ResourceExhausted);
+    // A label may change later.
+    lab.config.labels = "rack: r2".to_owned();
+    let client = lab.restart().await;
+    let mounted = client.mount(&lab, &volume.volume_id, "a", &Use::default()).await;
+    client.remove(&mounted).await;
 }

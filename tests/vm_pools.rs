@@ -84,6 +84,9 @@ impl Drop for Pools {
 /// Takes everything off a disk, as a person would.
 fn blank(disk: &Path) {
     let name = disk.to_str().unwrap();
+    let held = format!("for held in /sys/block/{}/holders/*; do", disks::name(disk));
+    let release = "[ ! -e $held ] || dmsetup remove --retry /dev/${held##*/}; done";
+    run("sh", &["-ec", &format!("{held} {release}")]);
     run("wipefs", &["-qaf", name]);
     let size: u64 = run("blockdev", &["--getsz", name]).trim().parse::<u64>().unwrap() / 2048;
     for seek in [0, size - 1] {
@@ -200,9 +203,12 @@ async fn a_pool_has_quotas_fails_fast_and_is_found_under_other_names() {
     for part in &parts {
         assert_eq!((&part["quotas"], &part["reflink"], &part["trouble"]), (&true.into(), &true.into(), &Value::Null));
         // What QEMU's controller says.
-        assert_eq!((&part["smart"]["temperature"], &part["smart"]["critical_warning"]), (&50.into(), &0.into()));
+        assert_eq!(
+            (&part["disks"][0]["smart"]["temperature"], &part["disks"][0]["smart"]["critical_warning"]),
+            (&50.into(), &0.into())
+        );
         for file in ["EIO/max_retries", "ENODEV/retry_timeout_seconds", "default/max_retries", "ENOSPC/max_retries"] {
-            let path = format!("/sys/fs/xfs/{}/error/metadata/{file}", text(part, "disk"));
+            let path = format!("/sys/fs/xfs/{}/error/metadata/{file}", text(&part["disks"][0], "name"));
             assert_eq!(std::fs::read_to_string(path).unwrap().trim(), "0");
         }
     }
@@ -217,7 +223,7 @@ async fn a_pool_has_quotas_fails_fast_and_is_found_under_other_names() {
     pools.unmount("fast");
 
     // Another order of finding the controllers gives them other names.
-    let serial = |part: &Value| text(part, "serial").to_owned();
+    let serial = |part: &Value| text(&part["disks"][0], "serial").to_owned();
     let name = |serial: &str| disks::find(serial, 1).unwrap();
     let before = [name("berth0002"), name("berth0003")];
     let slots = [controller("berth0002"), controller("berth0003")];
@@ -246,7 +252,7 @@ async fn a_pool_has_quotas_fails_fast_and_is_found_under_other_names() {
     for part in &parts {
         let same = now.iter().find(|one| one["uuid"] == part["uuid"]).unwrap();
         assert_eq!((serial(same), &same["trouble"], &same["quotas"]), (serial(part), &Value::Null, &true.into()));
-        assert_ne!(same["disk"], part["disk"]);
+        assert_ne!(same["disks"][0]["name"], part["disks"][0]["name"]);
     }
     for (mounted, name, content) in [(&first, "a", b"one"), (&second, "b", b"two")] {
         let mounted = client.mount(&pools.lab, &mounted.id, name, &Use::default()).await;
@@ -274,7 +280,7 @@ async fn a_disk_that_is_pulled_out_takes_nothing_else_with_it_and_may_come_back(
     let lies_on = |id: &str, part: &Value| Path::new(text(part, "path")).join("volumes").join(id).exists();
     let parts = pools.parts("fast");
     let part = parts.iter().find(|part| lies_on(&first.id, part)).unwrap();
-    let serial = text(part, "serial").to_owned();
+    let serial = text(&part["disks"][0], "serial").to_owned();
     let other = if serial == "berth0002" { "berth0003" } else { "berth0002" };
     eventually("figures of both", async || metrics(port).matches("berth_disk_wear_percent{").count() == 2).await;
 
@@ -295,7 +301,7 @@ async fn a_disk_that_is_pulled_out_takes_nothing_else_with_it_and_may_come_back(
     let shown = pools.parts("fast");
     let gone = shown.iter().find(|one| one["uuid"] == part["uuid"]).unwrap();
     assert!(!gone["trouble"].is_null() && gone["size"].is_null(), "{gone}");
-    assert!(shown.iter().any(|one| one["serial"] == other && one["trouble"].is_null()), "{shown:?}");
+    assert!(shown.iter().any(|one| one["disks"][0]["serial"] == other && one["trouble"].is_null()), "{shown:?}");
     // A fresh driver, too, goes on with the other one.
     let client = pools.lab.restart().await;
     assert_eq!(client.storage_health().await, ["PoolMissing"]);
@@ -380,8 +386,173 @@ async fn namespaces_of_one_controller_are_disks_of_their_own() {
     eventually("the pool is made", async || client.capacity().await.available_capacity > 1500 * MI).await;
     let parts = pools.parts("fast");
     assert_eq!(parts.len(), 2);
-    assert_eq!(parts.iter().map(|part| text(part, "serial")).collect::<Vec<_>>(), ["berth0001"; 2]);
+    assert_eq!(parts.iter().map(|part| text(&part["disks"][0], "serial")).collect::<Vec<_>>(), ["berth0001"; 2]);
     assert_eq!(client.storage_health().await, [""; 0]);
+}
+
+#[tokio::test]
+#[ignore = "make test-vm"]
+async fn a_striped_pool_is_one_file_system_over_all_disks() {
+    skip_unless!(
+        disks::find("berth0003", 1).is_some(),
+        "no NVMe disks of the virtual machine; `make test-vm` has them"
+    );
+    let mut pools = Pools::new(&[("wide", &["berth0002", "berth0003"], ", layout: striped")]);
+    pools.create("wide");
+    let parts = pools.parts("wide");
+    let [part] = &parts[..] else { panic!("{parts:?}") };
+    assert_eq!((&part["trouble"], &part["quotas"], &part["reflink"]), (&Value::Null, &true.into(), &true.into()));
+    assert!(text(part, "uuid").len() == 36 && part["disks"].as_array().unwrap().len() == 2, "{part}");
+    let stripes = run("dmsetup", &["table", "berth--wide-pool"]);
+    assert!(stripes.contains(" striped 2 128 "), "{stripes}");
+    // Nothing of the mark is left, under which it was made.
+    for serial in ["berth0002", "berth0003"] {
+        let mut sector = [1; 512];
+        std::fs::File::open(disks::find(serial, 1).unwrap()).unwrap().read_exact(&mut sector).unwrap();
+        assert_eq!(sector, [0; 512], "{serial}");
+    }
+    assert!(pools.berth(&["pool", "create", "wide", "--yes"], 0).0.contains("belongs to wide already"));
+
+    let client = pools.lab.start().await;
+    let mounted = client.make_and_mount(&pools.lab, "a", 1400 * MI, &Use::default()).await;
+    write(mounted.file("f"), "wide");
+    client.unmount(&mounted).await;
+    pools.lab.kill();
+    pools.unmount("wide");
+    run("dmsetup", &["remove", "--retry", "berth--wide-pool"]);
+    // As after a boot: nothing is mounted, and the group has no device.
+    assert!(text(&pools.parts("wide")[0], "trouble").contains("is not mounted"));
+    let client = pools.lab.start().await;
+    eventually("the pool is found", async || client.storage_health().await.is_empty()).await;
+    let mounted = client.mount(&pools.lab, &mounted.id, "a", &Use::default()).await;
+    assert_eq!(read(mounted.file("f")), b"wide");
+    client.unmount(&mounted).await;
+    // One disk dies, and all is gone with it.
+    pools.lab.kill();
+    pools.unmount("wide");
+    run("dmsetup", &["remove", "--retry", "berth--wide-pool"]);
+    std::fs::write(controller("berth0003").join("remove"), "1").unwrap();
+    let client = pools.lab.start().await;
+    assert_eq!(client.storage_health().await, ["PoolMissing"]);
+    refused(client.delete(&mounted.id).await, Code::Unavailable);
+    rescan(&["berth0003"]);
+    eventually("the disk is back", async || client.storage_health().await.is_empty()).await;
+    client.delete(&mounted.id).await.unwrap();
+}
+
+#[test]
+#[ignore = "make test-vm"]
+fn a_striped_pool_whose_making_was_interrupted_is_made_by_doing_it_again() {
+    skip_unless!(
+        disks::find("berth0003", 1).is_some(),
+        "no NVMe disks of the virtual machine; `make test-vm` has them"
+    );
+    let pools = Pools::new(&[("wide", &["berth0002", "berth0003"], ", layout: striped")]);
+    let config = pools.lab.write_config();
+    // During the second pvcreate, vgcreate, lvcreate, mkfs, and the vgchange that says that all is done.
+    for (time, program) in [(2, "pvcreate"), (3, "vgcreate"), (7, "lvcreate"), (8, "mkfs"), (9, "vgchange")] {
+        for serial in ["berth0002", "berth0003"] {
+            blank(&disks::find(serial, 1).unwrap());
+        }
+        let output = Command::new("strace")
+            .args(["-f", "-qq", "-o", "/dev/null", "-e", "trace=pidfd_open"])
+            .args(["-e", &format!("inject=pidfd_open:signal=SIGKILL:when={time}")])
+            .args([env!("CARGO_BIN_EXE_berth"), "pool", "create", "wide", "--yes", "--config"])
+            .arg(&config)
+            .output()
+            .unwrap();
+        println!("killed during {program}: {}", output.status);
+        assert!(!output.status.success());
+        let (out, _) = pools.berth(&["pool", "create", "wide", "--yes"], 0);
+        assert!(out.contains(" ok; wear"), "{program}: {out}");
+        pools.unmount("wide");
+        for place in std::fs::read_dir(pools.lab.path("wide")).unwrap() {
+            std::fs::remove_dir(place.unwrap().path()).unwrap();
+        }
+    }
+}
+
+#[test]
+#[ignore = "make test-vm"]
+fn a_volume_group_is_zeroed_first_and_grows_by_disks() {
+    skip_unless!(
+        disks::find("berth0003", 1).is_some(),
+        "no NVMe disks of the virtual machine; `make test-vm` has them"
+    );
+    let mut pools = Pools::new(&[("carved", &["berth0002", "berth0003"], ", layout: lvm")]);
+    let all = pools.lab.config.pool.clone();
+    pools.lab.config.pool = all.replace("berth0002, ", "");
+    let [first, second] = ["berth0003", "berth0002"].map(|serial| disks::find(serial, 1).unwrap());
+    let secret = ["bs=1M", "seek=300", "count=1", "conv=notrunc,fsync", "status=none"];
+    for disk in [&first, &second] {
+        run("dd", &[&["if=/dev/urandom", &format!("of={}", disk.display())][..], &secret].concat());
+    }
+    let is_zero = |disk: &Path| {
+        let read =
+            format!("dd if={} bs=1M skip=300 count=1 iflag=direct status=none | tr -d '\\0' | wc -c", disk.display());
+        run("sh", &["-c", &read]).trim() == "0"
+    };
+    assert!(!is_zero(&first) && !is_zero(&second));
+    pools.create("carved");
+    let part = &pools.parts("carved")[0];
+    assert_eq!((text(part, "path"), &part["trouble"], &part["promised"]), ("berth-carved", &Value::Null, &0.into()));
+    assert!(part["size"].as_u64().unwrap() > 900 << 20, "{part}");
+    assert!(is_zero(&first) && !is_zero(&second));
+    pools.lab.config.pool = all;
+    pools.create("carved");
+    let part = &pools.parts("carved")[0];
+    assert!(part["size"].as_u64().unwrap() > 1800 << 20 && is_zero(&second), "{part}");
+    assert_eq!(part["disks"].as_array().unwrap().len(), 2);
+    let tags = run("vgs", &["--noheadings", "-o", "vg_tags", "--config", "devices/use_devicesfile=0", "berth-carved"]);
+    assert_eq!(tags.trim(), "berth.layout=lvm");
+}
+
+#[tokio::test]
+#[ignore = "make test-vm"]
+async fn a_disk_that_does_not_answer_holds_up_nobody() {
+    let below = disk_or_skip!("berth0001");
+    let mut pools = Pools::new(&[("fast", &["berth0002"], "")]);
+    blank(&below);
+    let place = pools.lab.path("below");
+    // A loop device whose file lies on a device that can be held up.
+    let script = "
+        dmsetup create held --table \"0 $(blockdev --getsz $D) linear $D 0\"
+        mkfs.ext4 -q -F /dev/mapper/held && mkdir $P && mount /dev/mapper/held $P && fallocate -l 500M $P/image
+        losetup --direct-io=on /dev/loop60 $P/image";
+    let script = format!("D={} P={}; {script}", below.display(), place.display());
+    run("sh", &["-ec", &script]);
+    let path = pools.lab.path("sick");
+    let sick = format!("{{name: sick, path: {}, disks: [{{paths: [/dev/loop60]}}]}}", path.display());
+    pools.lab.config.pool = format!("{}\n  - {sick}", pools.lab.config.pool);
+    pools.lab.config.extra = "deadlines: {command: 20s}".to_owned();
+    pools.create("fast");
+    pools.create("sick");
+    pools.unmount("sick");
+
+    run("dmsetup", &["suspend", "--nolockfs", "--noflush", "held"]);
+    let begun = Instant::now();
+    let client = pools.lab.start().await;
+    let mounted = client.make_and_mount(&pools.lab, "a", 100 * MI, &Use::default()).await;
+    assert_eq!(client.storage_health().await, ["PoolMissing"]);
+    println!("served after {:?}", begun.elapsed());
+    let (out, _) = pools.berth(&["pool", "discover"], 0);
+    assert!(out.lines().any(|line| line.starts_with("loop60") && line.contains("does not answer")), "{out}");
+    assert!(begun.elapsed() < Duration::from_secs(120), "{:?}", begun.elapsed());
+    assert!(pools.lab.log().contains("cannot tell whether loop60 belongs to a pool"));
+    run("dmsetup", &["resume", "held"]);
+    eventually("it answers again", async || client.storage_health().await.is_empty()).await;
+
+    // And while it is used.
+    run("dmsetup", &["suspend", "--nolockfs", "--noflush", "held"]);
+    let begun = Instant::now();
+    write(mounted.file("f"), "goes on");
+    client.remove(&mounted).await;
+    client.storage_health().await;
+    assert!(begun.elapsed() < Duration::from_secs(60), "{:?}", begun.elapsed());
+    run("dmsetup", &["resume", "held"]);
+    pools.lab.kill();
+    pools.unmount("sick");
+    run("sh", &["-ec", &format!("losetup -d /dev/loop60; umount {}; dmsetup remove --retry held", place.display())]);
 }
 
 fn metrics(port: u16) -> String {

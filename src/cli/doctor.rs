@@ -87,7 +87,7 @@ fn examine(arguments: DoctorArguments, runtime: &Handle) -> Result<Vec<Finding>>
     let is_served = |backend| drivers.iter().any(|driver| driver.backend == backend);
     let mut findings = Vec::new();
     if is_served(BackendKind::Nvme) && arguments.cluster.is_none() {
-        findings.extend(nvme::doctor::examine(&config.pools));
+        findings.extend(nvme::doctor::examine(&config.pools, config.deadlines.command));
     }
     for cluster in clusters {
         findings.extend(cephfs::doctor::examine(cluster, users, config.deadlines.ceph));

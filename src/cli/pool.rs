@@ -142,7 +142,13 @@ fn discover(config: Option<&Path>, json: bool) -> Result<()> {
         return Ok(());
     }
     let row = |disk: &DiskJson| {
-        let found = if disk.blank == Some(true) { "blank".to_owned() } else { disk.found.join("; ") };
+        let found = match disk.verdict {
+            "fits" => "blank".to_owned(),
+            "none" if disk.blank == Some(true) => "blank".to_owned(),
+            // All the rest is what a part of a pool has on it.
+            "member" => disk.found.iter().filter(|found| found.starts_with("mounted")).cloned().collect(),
+            _ => disk.found.join("; "),
+        };
         let DiskJson { name, model, serial, .. } = disk;
         [name.clone(), format_bytes(disk.size), model.clone(), serial.clone(), found, disk.standing()]
     };
@@ -162,19 +168,18 @@ fn create(name: &str, config: &Config, yes: bool) -> Result<()> {
         if !plan.take.is_empty() && !yes && !agrees(&plan)? {
             bail!("nothing was changed");
         }
-        let made = disks::make(&plan, &machine, deadline)?;
-        let failed: Vec<_> =
-            made.iter().filter_map(|made| made.result.as_ref().err()).map(ToString::to_string).collect();
-        if !failed.is_empty() {
+        let failures = disks::make(&plan, &machine, deadline)?;
+        if !failures.is_empty() {
+            let all: Vec<_> = failures.iter().map(ToString::to_string).collect();
             bail!(
                 "{} of {} disks could not be made a part of the pool: {}",
-                failed.len(),
-                made.len(),
-                failed.join("; ")
+                all.len(),
+                plan.take.len(),
+                all.join("; ")
             );
         }
     }
-    let pools = disks::show(&config.pools, Some(name), true)?;
+    let pools = disks::show(&config.pools, Some(name), true, deadline)?;
     super::say(&pools_text(&pools));
     let troubles: Vec<_> = pools.iter().flat_map(|pool| &pool.parts).filter_map(|part| part.trouble.clone()).collect();
     if !troubles.is_empty() {
@@ -224,9 +229,7 @@ struct PoolJson<'a> {
 struct PartJson<'a> {
     path: &'a Path,
     uuid: Option<&'a str>,
-    disk: Option<&'a str>,
-    serial: Option<&'a str>,
-    model: Option<&'a str>,
+    disks: Vec<PartDiskJson<'a>>,
     trouble: Option<&'a str>,
     warnings: &'a [String],
     size: Option<u64>,
@@ -234,6 +237,16 @@ struct PartJson<'a> {
     promised: Option<u64>,
     reflink: Option<bool>,
     quotas: Option<bool>,
+}
+
+/// A disk of a part. The keys are a promise.
+#[derive(Debug, Serialize)]
+struct PartDiskJson<'a> {
+    name: &'a str,
+    model: &'a str,
+    serial: &'a str,
+    /// In bytes.
+    size: u64,
     smart: Option<&'a Smart>,
 }
 
@@ -250,13 +263,17 @@ impl<'a> From<&'a PoolView> for PoolJson<'a> {
 
 impl<'a> From<&'a MemberView> for PartJson<'a> {
     fn from(view: &'a MemberView) -> Self {
-        let disk = view.disk.as_ref();
+        let disk = |(disk, smart): &'a (Disk, Option<Smart>)| PartDiskJson {
+            name: &disk.name,
+            model: &disk.model,
+            serial: &disk.serial,
+            size: disk.size,
+            smart: smart.as_ref(),
+        };
         Self {
             path: &view.path,
             uuid: view.uuid.as_deref(),
-            disk: disk.map(|disk| disk.name.as_str()),
-            serial: disk.map(|disk| disk.serial.as_str()),
-            model: disk.map(|disk| disk.model.as_str()),
+            disks: view.disks.iter().map(disk).collect(),
             trouble: view.trouble.as_deref(),
             warnings: &view.warnings,
             size: view.size,
@@ -264,13 +281,12 @@ impl<'a> From<&'a MemberView> for PartJson<'a> {
             promised: view.promised,
             reflink: view.reflink,
             quotas: view.quotas,
-            smart: view.smart.as_ref(),
         }
     }
 }
 
 fn show(name: Option<&str>, config: &Config, json: bool) -> Result<()> {
-    let pools = disks::show(&config.pools, name, false)?;
+    let pools = disks::show(&config.pools, name, false, config.deadlines.command)?;
     if json {
         let pools: Vec<_> = pools.iter().map(PoolJson::from).collect();
         super::say(&serde_json::to_string_pretty(&json!({ "pools": pools }))?);
@@ -284,7 +300,8 @@ fn pools_text(pools: &[PoolView]) -> String {
     let bytes = |size: Option<u64>| size.map_or("-".to_owned(), format_bytes);
     let rows = pools.iter().flat_map(|pool| {
         pool.parts.iter().map(move |part| {
-            let disk = part.disk.as_ref().map_or("-".to_owned(), |disk| disk.to_string());
+            let disks: Vec<_> = part.disks.iter().map(|(disk, _)| disk.to_string()).collect();
+            let disk = if disks.is_empty() { "-".to_owned() } else { disks.join(", ") };
             let path = part.path.display().to_string();
             [
                 pool.name.clone(),
@@ -312,7 +329,7 @@ fn state(part: &MemberView) -> String {
     if words.is_empty() {
         words.push("ok".to_owned());
     }
-    if let Some(smart) = &part.smart {
+    for smart in part.disks.iter().filter_map(|(_, smart)| smart.as_ref()) {
         let Smart { percentage_used, media_errors, temperature, .. } = smart;
         let degrees = temperature.map(|degrees| format!(", {degrees} °C")).unwrap_or_default();
         words.push(format!("wear {percentage_used} %, media errors {media_errors}{degrees}"));

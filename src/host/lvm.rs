@@ -12,7 +12,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::ffi::{OsStr, OsString};
 use std::fmt::Write;
 use std::fs::File;
-use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -132,6 +132,24 @@ pub fn groups_on(disks: &[PathBuf], deadline: Duration) -> Result<Vec<(PathBuf, 
     Ok(there.map(|row| (row.pv_name, Some(row.vg_name).filter(|name| !name.is_empty()))).collect())
 }
 
+/// Makes a disk one that a group can be made of, or takes in. Its first sector is left as it is.
+///
+/// # Errors
+/// `Precondition` when it is in use or has something on it that LVM knows.
+pub fn prepare(disk: &Path, deadline: Duration) -> Result<()> {
+    let mut words: Vec<OsString> = LAYOUT.iter().map(OsString::from).collect();
+    words.extend(["--zero".into(), "n".into(), disk.as_os_str().to_owned()]);
+    let answer = run("pvcreate", &config(Some(&[disk.to_owned()]))?, &words, deadline)?;
+    if answer.code() == Some(0) { Ok(()) } else { Err(answer.failure(kind(&answer))) }
+}
+
+/// Do a disk's first bytes say that it is LVM's?
+pub fn is_labelled(beginning: &[u8]) -> bool {
+    // In one of the first four sectors; the kind of label follows behind its number, checksum and offset.
+    let mut sectors = beginning.chunks_exact(512).take(4);
+    sectors.any(|sector| sector.starts_with(b"LABELONE") && sector[24..].starts_with(b"LVM2 001"))
+}
+
 impl Group {
     /// The group of this name on these disks, and on no other; or on any disk of this machine that is no loop device, no
     /// device of device mapper and no zram. Each command has so much time. Nothing is asked yet.
@@ -155,6 +173,7 @@ impl Group {
         add_tags(&mut words, tags)?;
         words.push(name.into());
         words.extend(group.disks.iter().flatten().map(|disk| disk.clone().into_os_string()));
+        remove_stale_links(&Path::new("/dev").join(name));
         // Not with --yes: LVM shall refuse what it would have to wipe.
         group.command("vgcreate", &words)?;
         Ok(group)
@@ -390,6 +409,21 @@ impl Group {
         self.command("lvchange", &words).map(drop)
     }
 
+    /// Takes tags from the group itself and gives it others, all or none of them.
+    ///
+    /// # Errors
+    /// `Invalid` for a tag that LVM does not have.
+    pub fn retag_group(&self, remove: &[String], add: &[String]) -> Result<()> {
+        let mut words = Vec::new();
+        for tag in remove {
+            check_tag(tag)?;
+            words.extend(["--deltag".into(), tag.into()]);
+        }
+        add_tags(&mut words, add)?;
+        words.push((&self.name).into());
+        self.command("vgchange", &words).map(drop)
+    }
+
     /// As commands name a volume.
     fn volume(&self, name: &str) -> Result<OsString> {
         check_name(name)?;
@@ -404,6 +438,25 @@ impl Group {
     fn ask(&self, command: &str, words: &[OsString]) -> Result<Answer> {
         run(command, &config(self.disks.as_deref())?, words, self.deadline)
     }
+}
+
+/// A group whose disks have vanished leaves a directory of links that lead nowhere, and LVM makes no other one of that name
+/// while it is there.
+fn remove_stale_links(folder: &Path) {
+    for entry in std::fs::read_dir(folder).into_iter().flatten().flatten() {
+        let link = entry.path();
+        // Nor is a device there only because its file is.
+        let is_there = std::fs::metadata(&link).is_ok_and(|to| {
+            let number = to.rdev();
+            let (major, minor) = (rustix::fs::major(number), rustix::fs::minor(number));
+            Path::new(&format!("/sys/dev/block/{major}:{minor}")).exists()
+        });
+        if link.is_symlink() && !is_there {
+            let _ = std::fs::remove_file(link);
+        }
+    }
+    // Only if that was all; if not, LVM says why it can't.
+    let _ = std::fs::remove_dir(folder);
 }
 
 fn run(command: &str, config: &str, words: &[OsString], deadline: Duration) -> Result<Answer> {
@@ -574,6 +627,18 @@ mod tests {
         }
         // By whatever name it was given.
         assert!(of(&["/proc/self/root/dev/null"]).unwrap().contains("a|^/dev/null$|"));
+    }
+
+    #[test]
+    fn a_label_is_in_one_of_the_first_four_sectors() {
+        for (sector, is) in [(0, true), (1, true), (3, true), (4, false)] {
+            let mut block = [0; 4096];
+            block[sector * 512..sector * 512 + 8].copy_from_slice(b"LABELONE");
+            assert!(!is_labelled(&block));
+            block[sector * 512 + 24..sector * 512 + 32].copy_from_slice(b"LVM2 001");
+            assert_eq!(is_labelled(&block), is, "{sector}");
+        }
+        assert!(!is_labelled(b"LABELONE"));
     }
 
     #[test]

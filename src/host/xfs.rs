@@ -1,9 +1,7 @@
 //! XFS on whole disks: its superblock, made with a UUID of the caller's, mounted with project quotas, failing fast.
 
 use std::fmt;
-use std::fs::File;
 use std::os::fd::OwnedFd;
-use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::time::Duration;
 
@@ -63,17 +61,9 @@ pub struct Superblock {
 }
 
 impl Superblock {
-    /// Reads the device's first sector. `None`: there is no XFS.
-    pub fn read(device: &File) -> std::io::Result<Option<Self>> {
-        let mut sector = [0; 512];
-        match device.read_exact_at(&mut sector, 0) {
-            Err(error) if error.kind() == std::io::ErrorKind::UnexpectedEof => Ok(None),
-            read => read.map(|()| Self::parse(&sector)),
-        }
-    }
-
-    fn parse(sector: &[u8; 512]) -> Option<Self> {
-        if &sector[..4] != b"XFSB" {
+    /// Of the device's first bytes. `None`: there is no XFS.
+    pub fn parse(sector: &[u8]) -> Option<Self> {
+        if sector.len() < 512 || &sector[..4] != b"XFSB" {
             return None;
         }
         let mut uuid = [0; 16];
@@ -147,6 +137,8 @@ pub fn fail_fast(device: &str) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::fs::File;
+    use std::os::unix::fs::FileExt;
 
     #[test]
     fn a_uuid_is_read_as_it_is_printed() {
@@ -166,9 +158,13 @@ mod tests {
     fn a_superblock_says_whose_it_is_and_whether_it_was_finished() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("image");
-        let file = File::create(&path).unwrap();
-        let read = || Superblock::read(&File::open(&path).unwrap()).unwrap();
-        assert_eq!(read(), None);
+        let file = File::create_new(&path).unwrap();
+        let read = || {
+            let mut sector = [0; 512];
+            File::open(&path).unwrap().read_exact_at(&mut sector, 0).unwrap();
+            Superblock::parse(&sector)
+        };
+        assert_eq!(Superblock::parse(b"XFSB"), None);
         file.set_len(512 << 20).unwrap();
         assert_eq!(read(), None);
         let uuid = Uuid::parse("01234567-89ab-8cde-8f01-23456789abcd").unwrap();

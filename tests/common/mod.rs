@@ -59,6 +59,8 @@ pub struct Lab {
 /// What goes into the configuration file.
 #[derive(Clone)]
 pub struct Config {
+    /// Labels of the node: `rack: r1`.
+    pub labels: String,
     pub pool: String,
     /// `clusters:` and what lies below it; the driver is cephfs then.
     pub clusters: Option<String>,
@@ -88,6 +90,7 @@ impl Lab {
         let dir = tempfile::Builder::new().prefix("berth-").tempdir().unwrap();
         let path = dir.path().display();
         let config = Config {
+            labels: String::new(),
             pool: format!("{{name: main, path: {path}/pool}}"),
             clusters: None,
             services: None,
@@ -142,7 +145,7 @@ impl Lab {
     }
 
     pub fn write_config(&self) -> PathBuf {
-        let Config { pool, clusters, services, extra, kubelet } = &self.config;
+        let Config { labels, pool, clusters, services, extra, kubelet } = &self.config;
         let dir = self.dir.path().display();
         let kubelet = if *kubelet { format!(", kubelet: {{registry: {dir}/registry}}") } else { String::new() };
         let (backend, storage) = match (clusters, services) {
@@ -151,7 +154,7 @@ impl Lab {
             (None, None) => ("nvme", format!("pools:\n  - {pool}")),
         };
         let text = format!(
-            "node: {{name: node-a}}\nlog: {{level: trace}}\n{extra}\n{storage}\ndrivers:\n  - {{backend: {backend}, socket: {dir}/run/csi.sock{kubelet}}}\n"
+            "node: {{name: node-a, labels: {{{labels}}}}}\nlog: {{level: trace}}\n{extra}\n{storage}\ndrivers:\n  - {{backend: {backend}, socket: {dir}/run/csi.sock{kubelet}}}\n"
         );
         let path = self.path("config.yaml");
         std::fs::write(&path, text).unwrap();

@@ -131,7 +131,7 @@ impl Nvme {
     }
 
     pub(super) fn groups_named<'a>(&'a self, name: Option<&str>) -> impl Iterator<Item = &'a Arc<Group>> {
-        self.groups.iter().filter(move |group| name.is_none_or(|name| name == group.name()))
+        self.pools.groups().filter(move |group| name.is_none_or(|name| name == group.name()))
     }
 
     pub(super) fn describe(&self, id: &VolumeId, descriptor: &VolumeDescriptor) -> Volume {
@@ -162,7 +162,7 @@ impl Nvme {
             })?;
         }
         if sort == Sort::Volume {
-            for group in &self.groups {
+            for group in self.pools.groups() {
                 // One that is missing is in the storage's health.
                 let volumes = group.volumes().unwrap_or_default().into_values();
                 let behind = volumes.filter(|volume| after.is_none_or(|after| volume.name.as_str() > after));

@@ -1,12 +1,14 @@
 //! A look at pools, before a volume needs them.
 
+use std::time::Duration;
+
 use super::disks::{MemberView, PoolView, show};
 use crate::backend::Finding;
 use crate::config::{self, Source};
 
-/// Can each pool be used now?
-pub fn examine(pools: &[config::Pool]) -> Vec<Finding> {
-    match show(pools, None, false) {
+/// Can each pool be used now? A program is killed after `deadline`.
+pub fn examine(pools: &[config::Pool], deadline: Duration) -> Vec<Finding> {
+    match show(pools, None, false, deadline) {
         Ok(views) => views.iter().flat_map(examine_pool).collect(),
         Err(error) => vec![Finding::wrong("pools", error.to_string(), "see what the kernel's log says")],
     }

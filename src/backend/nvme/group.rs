@@ -11,15 +11,14 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::ControlFlow;
-use std::path::PathBuf;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use super::descriptor::{Descriptor, VolumeDescriptor};
-use super::pool::Trouble;
-use super::reaper::{self, Trash};
-use crate::config::{self, Carve, Source};
+use super::pool::{Below, Trouble};
+use super::reaper::Trash;
+use crate::config::{self, Carve};
 use crate::error::{Error, ErrorKind, Result};
 use crate::host::lvm::{self, LogicalVolume};
 use crate::host::mapper::Mapped;
@@ -31,8 +30,6 @@ use base64::engine::general_purpose::STANDARD;
 
 /// Only what carries it is ever changed or removed.
 const TAG: &str = "berth";
-/// What a volume group carries that Berth has made.
-pub(super) const GROUP_TAG: &str = "berth-pool";
 /// Its file system may be frozen by us.
 const FROZEN: &str = "berth-frozen";
 const NEW: &str = "new-";
@@ -42,41 +39,51 @@ const DELETED: &str = "del-";
 const TAG_PIECE: usize = 960;
 /// So much is overwritten before the next look whether to go on: 256 MiB.
 const CHUNK: u64 = 256 << 20;
+/// So long a device may be open because udev looks into it.
+const MOMENT: Duration = Duration::from_secs(5);
 
 pub(super) struct Group {
     config: config::Pool,
-    lvm: lvm::Group,
+    /// What LVM calls it.
+    name: String,
+    /// Each of LVM's commands has so much time.
+    deadline: Duration,
+    /// What it lies on, where Berth looks after that.
+    below: Option<Arc<dyn Below>>,
     /// One change at a time: LVM would have them wait for each other too.
     changing: Mutex<()>,
     reaping: AtomicBool,
     /// Bytes of an extent, once they are known.
     step: OnceLock<u64>,
-    /// The group was seen to be what Berth has made.
-    is_own: AtomicBool,
 }
 
 impl Group {
-    /// # Errors
-    /// `Invalid` for a name that LVM does not take.
-    pub(super) fn new(
-        config: config::Pool,
-        name: &str,
-        disks: Option<Vec<PathBuf>>,
-        deadline: Duration,
-    ) -> Result<Self> {
-        let lvm = lvm::Group::new(name, disks, deadline)?;
-        Ok(Self {
-            config,
-            lvm,
-            changing: Mutex::default(),
-            reaping: AtomicBool::new(false),
-            step: OnceLock::new(),
-            is_own: AtomicBool::new(false),
-        })
+    /// The one of this name, wherever it is.
+    pub(super) fn new(config: config::Pool, name: &str, deadline: Duration) -> Self {
+        let (changing, reaping, step) = Default::default();
+        Self { config, name: name.to_owned(), deadline, below: None, changing, reaping, step }
+    }
+
+    /// The one of this name that lies on that, and is there while that is.
+    pub(super) fn on(config: config::Pool, name: &str, below: Arc<dyn Below>, deadline: Duration) -> Self {
+        Self { below: Some(below), ..Self::new(config, name, deadline) }
+    }
+
+    /// LVM, which looks at no disk that is known to be another's.
+    fn lvm(&self) -> Result<lvm::Group> {
+        if let Some(trouble) = self.below.as_ref().and_then(|below| below.trouble()) {
+            fail!(Unreachable, "{}", trouble.message);
+        }
+        lvm::Group::new(&self.name, self.below.as_ref().map(|below| below.disks()), self.deadline)
     }
 
     pub(super) fn name(&self) -> &str {
         &self.config.name
+    }
+
+    /// What LVM calls it.
+    pub(super) fn group_name(&self) -> &str {
+        &self.name
     }
 
     pub(super) fn offers(&self, carve: Carve) -> bool {
@@ -84,16 +91,31 @@ impl Group {
     }
 
     /// Can the pool be used now? `Err` says why not.
-    pub(super) fn state(&self) -> Result<(), Trouble> {
-        self.lvm
-            .state()
-            .map(drop)
-            .map_err(|error| Trouble { reason: "PoolMissing", message: format!("pool {}: {error}", self.name()) })
+    pub(super) fn state(&self) -> Result<lvm::State, Trouble> {
+        if let Some(trouble) = self.below.as_ref().and_then(|below| below.trouble()) {
+            return Err(trouble);
+        }
+        let missing = |error| Trouble { reason: "PoolMissing", message: format!("pool {}: {error}", self.name()) };
+        self.lvm().and_then(|lvm| lvm.state()).map_err(missing)
+    }
+
+    /// Everything that is wrong with it now.
+    pub(super) fn troubles(&self) -> Vec<Trouble> {
+        match (self.state(), &self.below) {
+            (Err(trouble), _) => vec![trouble],
+            (Ok(_), Some(below)) => below.warnings(),
+            (Ok(_), None) => Vec::new(),
+        }
+    }
+
+    /// A disk of it is missing, and LVM makes no volume then.
+    fn is_closed(&self) -> bool {
+        self.below.as_ref().is_some_and(|below| below.is_closed())
     }
 
     /// How big it is and what no volume has. `None`: it can't be used.
     pub(super) fn figures(&self) -> Option<PoolFigures> {
-        self.lvm.state().ok().map(|state| PoolFigures { size: state.size, free: state.free, stray: None })
+        self.state().ok().map(|state| PoolFigures { size: state.size, free: state.free, stray: None })
     }
 
     /// Sizes of volumes are multiples of this many bytes.
@@ -101,13 +123,16 @@ impl Group {
         if let Some(step) = self.step.get() {
             return Ok(*step);
         }
-        let step = self.lvm.state()?.extent_size;
+        let step = self.lvm()?.state()?.extent_size;
         Ok(*self.step.get_or_init(|| step))
     }
 
     /// Room in the pool, in bytes.
     pub(super) fn available(&self) -> Result<u64> {
-        let Ok(state) = self.lvm.state() else { return Ok(0) };
+        let Ok(state) = self.state() else { return Ok(0) };
+        if self.is_closed() {
+            return Ok(0);
+        }
         let Some(cap) = self.config.cap else { return Ok(state.free) };
         let promised: u64 = self.ours()?.iter().map(|volume| volume.size).sum();
         Ok(state.free.min(cap.saturating_sub(promised)))
@@ -115,7 +140,7 @@ impl Group {
 
     /// Everything in the group that is ours.
     fn ours(&self) -> Result<Vec<LogicalVolume>> {
-        let mut volumes = self.lvm.volumes()?;
+        let mut volumes = self.lvm()?.volumes()?;
         volumes.retain(|volume| volume.tags.iter().any(|tag| tag == TAG));
         Ok(volumes)
     }
@@ -132,23 +157,36 @@ impl Group {
         Ok(self.volumes()?.remove(id))
     }
 
+    /// Does a process have the volume's device open? udev looks into every device that has changed, which takes a moment and
+    /// does not count.
+    pub(super) fn is_held_open(&self, name: &str) -> Result<bool> {
+        let end = Instant::now() + MOMENT;
+        loop {
+            let open = self.ours()?.into_iter().any(|volume| volume.name == name && volume.open);
+            if !open || Instant::now() > end {
+                return Ok(open);
+            }
+            std::thread::sleep(MOMENT / 50);
+        }
+    }
+
     /// The device of a volume. `None`: it is not active. Asks sysfs only.
     pub(super) fn device(&self, id: &str) -> Result<Option<Mapped>> {
-        lvm::device(self.lvm.name(), id)
+        lvm::device(&self.name, id)
     }
 
     /// Is that the name of this pool's volume group?
     pub(super) fn is_of(&self, group: &str) -> bool {
-        self.lvm.name() == group
+        self.name == group
     }
 
     /// Makes the volume's device be there, and work: an interrupted command may have left its I/O waiting.
     pub(super) fn activate(&self, volume: &LogicalVolume) -> Result<()> {
         if !volume.active {
-            self.lvm.activate(&volume.name)?;
+            self.lvm()?.activate(&volume.name)?;
         }
         if volume.suspended {
-            self.lvm.refresh(&volume.name)?;
+            self.lvm()?.refresh(&volume.name)?;
         }
         match self.device(&volume.name)? {
             Some(_) => Ok(()),
@@ -164,38 +202,24 @@ impl Group {
         let _changing = self.lock();
         let id = &descriptor.id;
         let size = descriptor.size.saturating_add(beside);
-        self.check_own()?;
+        if self.is_closed() {
+            fail!(Exhausted, "pool {} lacks a disk: LVM makes no volume in it until it has all", self.name());
+        }
         self.check_room(size)?;
+        let lvm = self.lvm()?;
         let (fresh, tags) = (format!("{NEW}{id}"), tags_of(descriptor)?);
-        match self.lvm.create(&fresh, size, stripes, &tags) {
+        match lvm.create(&fresh, size, stripes, &tags) {
             // What an interrupted call left.
             Err(error) if error.kind() == ErrorKind::Conflict => {
                 if !self.ours()?.iter().any(|volume| volume.name == fresh) {
                     fail!(Conflict, "somebody else has a logical volume {fresh} in the pool {}", self.name());
                 }
                 self.discard(&fresh, id)?;
-                self.lvm.create(&fresh, size, stripes, &tags)?;
+                lvm.create(&fresh, size, stripes, &tags)?;
             }
             made => made?,
         }
-        self.lvm.rename(&fresh, id)
-    }
-
-    /// A group that Berth was to make carries its mark: one that somebody else has made under that name is not used.
-    fn check_own(&self) -> Result<()> {
-        if self.is_own.load(Ordering::Relaxed) || !matches!(self.config.source, Source::Disks(_)) {
-            return Ok(());
-        }
-        if !self.lvm.state()?.tags.iter().any(|tag| tag == GROUP_TAG) {
-            fail!(
-                Exhausted,
-                "the volume group {} was not made by Berth: pool {} is not in it",
-                self.lvm.name(),
-                self.name()
-            );
-        }
-        self.is_own.store(true, Ordering::Relaxed);
-        Ok(())
+        lvm.rename(&fresh, id)
     }
 
     /// # Errors
@@ -225,7 +249,7 @@ impl Group {
     }
 
     fn retag(&self, volume: &mut LogicalVolume, old: &[String], fresh: &[String]) -> Result<()> {
-        self.lvm.retag(&volume.name, old, fresh)?;
+        self.lvm()?.retag(&volume.name, old, fresh)?;
         volume.tags.retain(|tag| !old.contains(tag) && !fresh.contains(tag));
         volume.tags.extend_from_slice(fresh);
         Ok(())
@@ -253,10 +277,10 @@ impl Group {
     pub(super) fn grow(&self, volume: &LogicalVolume, size: u64) -> Result<()> {
         let _changing = self.lock();
         self.check_room(size.saturating_sub(volume.size))?;
-        self.lvm.grow(&volume.name, size)
+        self.lvm()?.grow(&volume.name, size)
     }
 
-    /// Deletes a volume that nobody uses: gone with one rename, its room when [`reaper`] has overwritten it.
+    /// Deletes a volume that nobody uses: gone with one rename, its room when the reaper has overwritten it.
     pub(super) fn delete(&self, id: &str) -> Result<()> {
         let _changing = self.lock();
         self.discard(id, id)
@@ -265,21 +289,18 @@ impl Group {
     fn discard(&self, name: &str, id: &str) -> Result<()> {
         // The same name may be made and deleted again before the zeros are written.
         let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
-        self.lvm.rename(name, &format!("{DELETED}{:x}-{id}", now.as_nanos()))
+        self.lvm()?.rename(name, &format!("{DELETED}{:x}-{id}", now.as_nanos()))
     }
 
-    /// Throws away what an interrupted call was making, and has a thread overwrite and remove what was deleted.
-    pub(super) fn start(self: &Arc<Self>) -> Result<()> {
-        {
-            let _changing = self.lock();
-            for volume in self.ours()? {
-                if let Some(id) = volume.name.strip_prefix(NEW) {
-                    tracing::info!(pool = self.name(), id, "removing what an interrupted call was making");
-                    self.discard(&volume.name, id)?;
-                }
+    /// Throws away what an interrupted call was making.
+    pub(super) fn discard_leftovers(&self) -> Result<()> {
+        let _changing = self.lock();
+        for volume in self.ours()? {
+            if let Some(id) = volume.name.strip_prefix(NEW) {
+                tracing::info!(pool = self.name(), id, "removing what an interrupted call was making");
+                self.discard(&volume.name, id)?;
             }
         }
-        reaper::reap(self);
         Ok(())
     }
 
@@ -304,16 +325,16 @@ impl Trash for Group {
 
     /// The next tenant reads zeros.
     fn remove(&self, name: &str) -> Result<()> {
-        let Some(volume) = self.ours()?.into_iter().find(|volume| volume.name == name) else { return Ok(()) };
-        if volume.open {
+        if self.is_held_open(name)? {
             fail!(Busy, "somebody still has {name} open");
         }
+        let Some(volume) = self.ours()?.into_iter().find(|volume| volume.name == name) else { return Ok(()) };
         self.activate(&volume)?;
         let going_on = |_| ControlFlow::Continue(());
         let Some(device) = self.device(name)? else { fail!(Internal, "{name} has no device") };
         let _ = zero::write(&device.path(), 0..volume.size, CHUNK, going_on)?;
         let _changing = self.lock();
-        self.lvm.remove(name)
+        self.lvm()?.remove(name)
     }
 }
 

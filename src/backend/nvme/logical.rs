@@ -81,7 +81,7 @@ impl Logical<'_> {
             crypt::close(&mapping.name, nvme.command_deadline)?;
         }
         // A process may have it open that no mount tells of, such as one of a pod that kubelet has forgotten.
-        if self.group.find(id)?.is_some_and(|volume| volume.open) {
+        if self.group.is_held_open(id)? {
             fail!(Precondition, "{id} is in use: a process holds its device open");
         }
         Ok(())

@@ -34,7 +34,7 @@ use std::time::Duration;
 use sha2::{Digest, Sha256};
 
 use super::{Backend, PageRequest, VolumeHealth};
-use crate::config::{self, Layout, Source};
+use crate::config;
 use crate::error::{Error, ErrorKind, Result};
 use crate::host::mapper::{self, Mapped};
 use crate::host::mounts::Place;
@@ -43,7 +43,6 @@ use crate::volume::{NodeName, Topology, VolumeId};
 use descriptor::{Descriptor, VolumeDescriptor};
 use device::Device;
 use disks::Pools;
-use group::Group;
 use limits::Limits;
 use logical::{Logical, number_of};
 use pool::{Pool, Trouble};
@@ -60,7 +59,6 @@ pub struct Nvme {
     /// Eight hex digits that stand for this node in every id.
     node_tag: String,
     pools: Pools,
-    groups: Vec<Arc<Group>>,
     /// mkfs is killed after this time.
     command_deadline: Duration,
     /// Where this node's control groups are.
@@ -156,23 +154,11 @@ impl Nvme {
         cgroups: &Path,
     ) -> Arc<Self> {
         let place = Topology::of_node(node);
-        let mut groups = Vec::new();
-        for pool in pools {
-            let name = match &pool.source {
-                Source::Group(name) => name.clone(),
-                Source::Disks(disks) if disks.layout == Layout::Lvm => disks::group_name(&pool.name),
-                Source::Disks(_) | Source::Folder => continue,
-            };
-            match Group::new(pool.clone(), &name, None, command_deadline) {
-                Ok(group) => groups.push(Arc::new(group)),
-                Err(error) => tracing::error!(pool = pool.name, %error, "this pool can't be used"),
-            }
-        }
-        let pools = Pools::new(pools, DISKS_PATIENCE);
+        let pools = Pools::new(pools, DISKS_PATIENCE, command_deadline);
         let node_tag = digest(node.as_str(), 4);
         let topology = place.clone().with(labels);
         let (cgroups, limits, tended) = (cgroups.to_owned(), Mutex::default(), Mutex::default());
-        Arc::new(Self { topology, place, node_tag, pools, groups, command_deadline, cgroups, limits, tended })
+        Arc::new(Self { topology, place, node_tag, pools, command_deadline, cgroups, limits, tended })
     }
 
     /// Both sides of it.
@@ -201,27 +187,28 @@ impl Nvme {
         if let Err(error) = self.limit_all() {
             tracing::error!(%error, "cannot tell which volumes have limits of I/O");
         }
-        self.pools.create(self.command_deadline);
+        self.pools.create();
         self.tend();
     }
 
-    /// Finishes what was left half done in each pool that can be used since the last call: disks may come late.
+    /// Finishes what was left half done in each pool that can be used since the last call, since disks may come late; and has
+    /// threads remove what was deleted.
     fn tend(self: &Arc<Self>) {
         let mut tended = self.tended.lock().unwrap_or_else(PoisonError::into_inner);
-        for pool in &self.pools {
-            if pool.state().is_ok() && tended.insert(pool.path().to_owned()) {
+        for pool in self.pools.iter().filter(|pool| pool.state().is_ok()) {
+            if tended.insert(pool.path().to_owned()) {
                 self.thaw_leftovers(pool);
-                reaper::reap(pool);
             }
+            reaper::reap(pool);
         }
-        for group in &self.groups {
-            if group.state().is_ok()
-                && tended.insert(PathBuf::from(group.name()))
-                && let Err(error) = group.thaw_leftovers().and_then(|()| group.start())
+        for group in self.pools.groups().filter(|group| group.state().is_ok()) {
+            if tended.insert(PathBuf::from(group.name()))
+                && let Err(error) = group.thaw_leftovers().and_then(|()| group.discard_leftovers())
             {
                 tracing::error!(pool = group.name(), %error, "cannot finish what was left half done");
                 tended.remove(Path::new(group.name()));
             }
+            reaper::reap(group);
         }
     }
 
@@ -310,7 +297,7 @@ impl Nvme {
         let sort = if id.starts_with(Sort::Ephemeral.prefix()) { Sort::Ephemeral } else { Sort::Volume };
         let mut missing = match self.locate(sort, id) {
             Ok(Some(located)) => {
-                for group in &self.groups {
+                for group in self.pools.groups() {
                     if group.device(id)?.is_some() {
                         fail!(Internal, "{id} is in two pools: somebody has to decide which one is right");
                     }
@@ -323,7 +310,7 @@ impl Nvme {
             Err(error) if error.kind() == ErrorKind::Unreachable => Some(error),
             Err(error) => return Err(error),
         };
-        for group in &self.groups {
+        for group in self.pools.groups() {
             match group.find(id) {
                 Ok(Some(volume)) => return Ok(Some(Found::Logical(Logical { group, volume }))),
                 Ok(None) => {}
@@ -386,7 +373,7 @@ impl Nvme {
     fn logical_on(&self, mapped: &Mapped) -> Result<Option<(VolumeId, Device)>> {
         let below = if mapped.is_crypt() { mapper::below(mapped.device)? } else { Some(mapped.clone()) };
         let Some((group, name)) = below.and_then(|volume| volume.logical_volume()) else { return Ok(None) };
-        if !self.groups.iter().any(|known| known.is_of(&group)) || !self.is_volume_here(&name) {
+        if !self.pools.groups().any(|known| known.is_of(&group)) || !self.is_volume_here(&name) {
             return Ok(None);
         }
         Ok(Some((VolumeId::new(name)?, Device::Logical(mapped.path()))))
@@ -399,7 +386,7 @@ impl Nvme {
 
     /// Everything that is wrong with this node's pools now.
     fn troubles(&self) -> Vec<Trouble> {
-        let groups = self.groups.iter().filter_map(|group| group.state().err());
+        let groups = self.pools.groups().flat_map(|group| group.troubles());
         self.pools.iter().flat_map(|pool| pool.troubles()).chain(groups).collect()
     }
 

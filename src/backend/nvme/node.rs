@@ -126,7 +126,7 @@ impl Nvme {
     /// When the mapping can't be taken away: as long as it is there, the volume can be read.
     fn release_logical(&self, id: &VolumeId) -> Result<bool> {
         let mut found = false;
-        for group in &self.groups {
+        for group in self.pools.groups() {
             let Some(below) = group.device(id.as_str())? else { continue };
             found = true;
             let mapping = logical::mapping_of(id.as_str())?;

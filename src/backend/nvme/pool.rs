@@ -73,6 +73,11 @@ pub(super) trait Below: Send + Sync {
         false
     }
 
+    /// The disks that it lies on and that were last there.
+    fn disks(&self) -> Vec<PathBuf> {
+        Vec::new()
+    }
+
     /// Nothing has ever been made there, whether it can be used or not.
     fn is_surely_empty(&self) -> bool {
         false

@@ -1,19 +1,21 @@
-//! Making a pool's file systems: which disks that would be, and doing it.
+//! Which disks a pool would be made of, and which not.
 //!
-//! Each disk is looked at when the plan is made, and again right before it is written to; mkfs looks once more. What an
-//! earlier attempt has left half made is known by its superblock: mkfs writes one with the pool's UUID, and the mark that
-//! it is not finished, before it writes anything else, and takes that mark away at last. Until then nobody mounts it, so
-//! nobody's data can be on it, and it may be begun anew. So a crash at any time is mended by doing the same again.
+//! What an earlier attempt has left half made is known. On a single disk mkfs writes a superblock with the pool's UUID,
+//! and the mark that it is not finished, before it writes anything else, and takes that mark away at last. A disk of a
+//! volume group has our mark in its first sector, or is in a group that lacks the tag of finished ones. Until then nobody
+//! uses it, so nobody's data can be on it, and it may be begun anew.
 
 use std::time::Duration;
 
+use super::group;
+use super::mark;
 use super::rules::{self, Names};
-use super::{grouped, mark};
 use crate::config::{self, Disks, Layout, Source};
-use crate::error::{Error, ErrorKind, Result};
-use crate::host::disks::{Disk, DiskLock, Found, Machine};
+use crate::error::Result;
+use crate::host::disks::{BLOCK, Disk, Found, Machine};
 use crate::host::filesystem::Kind;
-use crate::host::xfs;
+use crate::host::lvm::{self, Group};
+use crate::host::xfs::Superblock;
 use crate::volume::format_bytes;
 
 /// What would be made.
@@ -62,32 +64,39 @@ pub fn plan(name: &str, pools: &[config::Pool], machine: &Machine, deadline: Dur
     let Source::Disks(Disks { rules, layout, .. }) = &config.source else {
         fail!(Invalid, "pool {name} has no `disks` in the configuration: there is nothing to be made");
     };
-    let mut plan =
-        Plan { pool: name.to_owned(), layout: *layout, take: Vec::new(), members: Vec::new(), refused: Vec::new() };
+    let layout = *layout;
+    let mut plan = Plan { pool: name.to_owned(), layout, take: Vec::new(), members: Vec::new(), refused: Vec::new() };
+    let mut refuse = |disk: Disk, why: String| plan.refused.push(Refusal { disk, why: vec![why] });
+    let mut others_refused = Vec::new();
     for disk in machine.disks()? {
         let is_meant = rules::check(rules, &disk, Names::Count).is_ok();
         if !is_meant && rules::check(rules, &disk, Names::MayHaveChanged).is_err() {
             continue;
         }
-        match standing(name, *layout, &disk, machine, deadline) {
+        match standing(name, layout, &disk, machine, deadline) {
             Standing::Member => plan.members.push(disk),
             _ if !is_meant => {}
-            Standing::Other(why) => plan.refused.push(Refusal { disk, why }),
+            Standing::Other(why) => others_refused.push(Refusal { disk, why }),
             Standing::HalfMade | Standing::Blank => {
                 let others = others(name, pools, &disk);
-                if others.is_empty() && disk.size >= Kind::Xfs.minimum_size() {
-                    plan.take.push(disk);
-                } else if others.is_empty() {
-                    let why = format!("it has less than {}", format_bytes(Kind::Xfs.minimum_size()));
-                    plan.refused.push(Refusal { disk, why: vec![why] });
+                let least = Kind::Xfs.minimum_size();
+                if !others.is_empty() {
+                    let others = others.join(", ");
+                    refuse(disk, format!("the rules of pool {others} mean it too: say which one it belongs to"));
+                } else if disk.size < least {
+                    refuse(disk, format!("it has less than {}", format_bytes(least)));
                 } else {
-                    let why =
-                        format!("the rules of pool {} mean it too: say which one it belongs to", others.join(", "));
-                    plan.refused.push(Refusal { disk, why: vec![why] });
+                    plan.take.push(disk);
                 }
             }
         }
     }
+    if layout == Layout::Striped && !plan.members.is_empty() {
+        for disk in std::mem::take(&mut plan.take) {
+            refuse(disk, "the pool is striped over its disks, and can't take another one".to_owned());
+        }
+    }
+    plan.refused.extend(others_refused);
     Ok(plan)
 }
 
@@ -102,90 +111,57 @@ pub(super) fn others(name: &str, pools: &[config::Pool], disk: &Disk) -> Vec<Str
 
 /// What this disk is to the pool of this name. What can't be found out speaks against the disk.
 pub(super) fn standing(pool: &str, layout: Layout, disk: &Disk, machine: &Machine, deadline: Duration) -> Standing {
-    if layout != Layout::Xfs {
-        return match machine.what_is_on(disk, deadline) {
-            Ok(found) if found.is_empty() => Standing::Blank,
-            Ok(found) => match grouped::has(pool, disk, deadline) {
-                Ok(true) => Standing::Member,
-                Ok(false) => Standing::Other(found.iter().map(Found::to_string).collect()),
-                Err(error) => Standing::Other(vec![error.to_string()]),
-            },
-            Err(error) => Standing::Other(vec![error.to_string()]),
-        };
-    }
-    let ours = match machine.superblock(disk, deadline) {
-        Ok(superblock) => superblock.filter(|xfs| mark::is_of(pool, xfs.uuid)),
-        Err(error) => return Standing::Other(vec![error.to_string()]),
-    };
-    if ours.as_ref().is_some_and(|xfs| !xfs.in_progress) {
-        return Standing::Member;
-    }
-    match machine.what_is_on(disk, deadline) {
-        Ok(found) if found.is_empty() => Standing::Blank,
-        Ok(found) if ours.is_some() && found.iter().all(is_left_by_mkfs) => Standing::HalfMade,
-        Ok(found) => Standing::Other(found.iter().map(Found::to_string).collect()),
-        Err(error) => Standing::Other(vec![error.to_string()]),
-    }
+    try_standing(pool, layout, disk, machine, deadline).unwrap_or_else(|error| Standing::Other(vec![error.to_string()]))
 }
 
-fn is_left_by_mkfs(found: &Found) -> bool {
+fn try_standing(pool: &str, layout: Layout, disk: &Disk, machine: &Machine, deadline: Duration) -> Result<Standing> {
+    let block = machine.first_block(disk, deadline)?;
+    let is_begun = if layout == Layout::Xfs {
+        let ours = Superblock::parse(&block).filter(|xfs| mark::is_of(pool, xfs.uuid));
+        if ours.as_ref().is_some_and(|xfs| !xfs.in_progress) {
+            return Ok(Standing::Member);
+        }
+        ours.is_some()
+    } else {
+        if lvm::is_labelled(&block)
+            && let Some(standing) = standing_in_group(pool, disk, deadline)?
+        {
+            return Ok(standing);
+        }
+        mark::is_making(pool, &block)
+    };
+    let found = machine.what_is_on(disk, deadline)?;
+    Ok(if found.is_empty() {
+        Standing::Blank
+    } else if is_begun && found.iter().all(|found| is_left_behind(layout, found)) {
+        Standing::HalfMade
+    } else {
+        Standing::Other(found.iter().map(Found::to_string).collect())
+    })
+}
+
+/// Of a disk that LVM has labelled. `None`: it is in no group.
+fn standing_in_group(pool: &str, disk: &Disk, deadline: Duration) -> Result<Option<Standing>> {
+    let Some(found) = group::group_of(disk, deadline)? else { return Ok(None) };
+    if found != group::name(pool) {
+        return Ok(Some(Standing::Other(vec![format!("a part of volume group {found}")])));
+    }
+    let state = Group::new(&found, Some(vec![disk.path.clone()]), deadline)?.state()?;
+    Ok(Some(match group::layout(&state) {
+        Some(_) => Standing::Member,
+        None if state.tags.iter().any(|tag| tag == group::MAKING) => Standing::HalfMade,
+        None => Standing::Other(vec![format!("a part of volume group {found}, which Berth has not made")]),
+    }))
+}
+
+/// May an interrupted attempt have left that? A mark of ours is there.
+fn is_left_behind(layout: Layout, found: &Found) -> bool {
     match found {
-        Found::Signature { name, offset } => name == "xfs" && *offset == 0,
-        // mkfs has wiped the end before it wrote its superblock.
+        Found::Signature { name, offset } if layout == Layout::Xfs => name == "xfs" && *offset == 0,
+        Found::Signature { name, offset } => name == "LVM2_member" && *offset < BLOCK as u64,
+        // The end of the disk was zeros when it was begun, and neither mkfs nor LVM has written there.
         Found::Byte(offset) => *offset < 1 << 20,
         _ => false,
-    }
-}
-
-/// A disk, and whether it is a part of the pool now.
-pub struct Made {
-    /// Which.
-    pub disk: Disk,
-    /// Why it is none.
-    pub result: Result<()>,
-}
-
-/// Makes what the plan says. One disk's failure is not the others'.
-///
-/// # Errors
-/// When the plan as a whole can't be carried out; each disk has a result of its own.
-pub fn make(plan: &Plan, machine: &Machine, deadline: Duration) -> Result<Vec<Made>> {
-    if plan.layout != Layout::Xfs {
-        // The plan was made before somebody agreed to it.
-        let check_blank = |disk: &Disk| match standing(&plan.pool, plan.layout, disk, machine, deadline) {
-            Standing::Other(why) => fail!(Precondition, "{disk} is not blank any more: {}", why.join("; ")),
-            _ => Ok(()),
-        };
-        plan.take.iter().try_for_each(check_blank)?;
-        grouped::make(plan, check_blank, deadline)?;
-        return Ok(plan.take.iter().map(|disk| Made { disk: disk.clone(), result: Ok(()) }).collect());
-    }
-    let one = |disk: &Disk| Made { disk: disk.clone(), result: make_one(&plan.pool, disk, machine, deadline) };
-    Ok(plan.take.iter().map(one).collect())
-}
-
-fn make_one(pool: &str, disk: &Disk, machine: &Machine, deadline: Duration) -> Result<()> {
-    let Some(_lock) = DiskLock::try_acquire(disk)? else {
-        fail!(Busy, "another process is at work on {disk}: try again");
-    };
-    // The plan was made before somebody agreed to it.
-    let is_begun = match standing(pool, Layout::Xfs, disk, machine, deadline) {
-        Standing::Blank => false,
-        Standing::HalfMade => true,
-        Standing::Member => return Ok(()),
-        Standing::Other(why) => fail!(Precondition, "{disk} is not blank any more: {}", why.join("; ")),
-    };
-    let uuid = mark::fresh_uuid(pool)?;
-    tracing::info!(pool, disk = %disk, %uuid, again = is_begun, "making a file system of the pool");
-    xfs::make(&disk.path, uuid, pool, is_begun, deadline)
-        .map_err(|error| Error::caused(error.kind(), format!("cannot make a file system on {disk}"), error))?;
-    match machine.superblock(disk, deadline)? {
-        Some(xfs) if xfs.uuid == uuid && !xfs.in_progress => Ok(()),
-        found => {
-            let message =
-                format!("mkfs.xfs has ended well, but {disk} does not have what it should have made: {found:?}");
-            Err(Error::new(ErrorKind::Internal, message))
-        }
     }
 }
 
@@ -194,9 +170,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_what_mkfs_leaves_counts_as_half_made() {
+    fn only_what_an_attempt_leaves_counts_as_half_made() {
         let signature = |name: &str, offset| Found::Signature { name: name.to_owned(), offset };
-        assert!(is_left_by_mkfs(&signature("xfs", 0)) && is_left_by_mkfs(&Found::Byte(0)));
+        let both = [Layout::Xfs, Layout::Striped];
+        assert!(is_left_behind(Layout::Xfs, &signature("xfs", 0)) && is_left_behind(Layout::Xfs, &Found::Byte(0)));
+        assert!(is_left_behind(Layout::Lvm, &signature("LVM2_member", 536)));
+        assert!(!is_left_behind(Layout::Lvm, &signature("xfs", 0)));
+        assert!(!is_left_behind(Layout::Xfs, &signature("LVM2_member", 536)));
         for other in [
             signature("ext4", 0x438),
             signature("xfs", 4096),
@@ -208,7 +188,7 @@ mod tests {
             Found::Partitions(vec!["nvme0n1p1".to_owned()]),
             Found::Holders(vec!["dm-0".to_owned()]),
         ] {
-            assert!(!is_left_by_mkfs(&other), "{other}");
+            assert!(both.iter().all(|layout| !is_left_behind(*layout, &other)), "{other}");
         }
     }
 }

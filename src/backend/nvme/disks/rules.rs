@@ -28,6 +28,7 @@ fn check_rule(rule: &DiskRule, disk: &Disk, names: Names) -> Result<(), String> 
     let has_path = || paths().any(|path| any_fits(&rule.paths, &path));
     match disk.sort {
         Sort::Remote => return Err("it comes over a network, so it is not this node's own".to_owned()),
+        Sort::Mapped => return Err("it is made of other disks".to_owned()),
         // By its own name: `/dev/*` means no loop device.
         Sort::Loop => {
             let explicit = rule.paths.iter().filter(|pattern| pattern.as_str().starts_with("/dev/loop"));

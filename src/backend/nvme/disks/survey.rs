@@ -1,24 +1,20 @@
 //! What there is, for people: every disk of the machine and what it is to the pools, every pool and what it is made of.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
 use super::create::{Standing, others, standing};
-use super::grouped::group_name;
-use super::member::Member;
 use super::rules::{self, Names};
 use super::{Entry, Part, Pools};
 use crate::backend::nvme::group::Group;
-use crate::backend::nvme::pool::{Below, Pool};
+use crate::backend::nvme::pool::Pool;
 use crate::config::{self, Source};
 use crate::error::Result;
 use crate::host::disks::{Disk, Found, Machine, Sort};
+use crate::host::lvm::State;
 use crate::host::smart::Smart;
 use crate::host::{files, mounts};
-
-/// LVM reads every disk to answer.
-const GROUP_PATIENCE: Duration = Duration::from_secs(60);
 
 /// A disk, and what it is to the pools.
 pub struct DiskView {
@@ -101,16 +97,16 @@ pub struct PoolView {
     pub parts: Vec<MemberView>,
 }
 
-/// What volumes are carved from: a directory, or the file system on one disk.
+/// What volumes are carved from: a directory, a file system, or a volume group.
 #[derive(Default)]
 pub struct MemberView {
-    /// Where it is.
+    /// Where it is; of a volume group its name.
     pub path: PathBuf,
     /// The file system's UUID, where it is one that Berth has made.
     pub uuid: Option<String>,
-    /// The disk that it was found on.
-    pub disk: Option<Disk>,
-    /// The disk is there, and only has to be mounted, as the driver does.
+    /// The disks that it was found on, and what each says about itself.
+    pub disks: Vec<(Disk, Option<Smart>)>,
+    /// Its disks are there, and it only has to be mounted, as the driver does.
     pub waits_for_mount: bool,
     /// Why it can't be used.
     pub trouble: Option<String>,
@@ -126,61 +122,34 @@ pub struct MemberView {
     pub reflink: Option<bool>,
     /// It is mounted with project quotas: volumes may be directories.
     pub quotas: Option<bool>,
-    /// What the disk says about itself.
-    pub smart: Option<Smart>,
 }
 
 /// Shows the pools, or the one of this name. With `mounts` what is not mounted is, as the driver does it.
 ///
 /// # Errors
 /// `Invalid` when there is no such pool.
-pub fn show(pools: &[config::Pool], name: Option<&str>, mounts: bool) -> Result<Vec<PoolView>> {
+pub fn show(pools: &[config::Pool], name: Option<&str>, mounts: bool, deadline: Duration) -> Result<Vec<PoolView>> {
     let wanted: Vec<_> = pools.iter().filter(|pool| name.is_none_or(|name| name == pool.name)).cloned().collect();
     if let Some(name) = name.filter(|_| wanted.is_empty()) {
         let known = pools.iter().map(|pool| pool.name.as_str()).collect::<Vec<_>>().join(", ");
         fail!(Invalid, "the configuration has no pool {name}; it has: {known}");
     }
-    let all = Pools::unseen(&wanted);
+    let all = Pools::unseen(&wanted, deadline);
     all.disks.look(mounts);
     let mut views = Vec::new();
     for (config, entry) in wanted.into_iter().zip(&all.entries) {
         let parts = match entry {
             Entry::One(pool) => vec![view(pool)],
-            Entry::Group => vec![view_of_group(&config)],
+            Entry::Group(group) => vec![view_group(group)],
             Entry::Disks(number) => {
                 let pool = &all.disks.pools[*number];
-                let part = |part: &Part| {
-                    part.member.look_after();
-                    add(view(&part.pool), &part.member)
-                };
                 let spare = pool.pools().filter(|part| std::ptr::eq(*part, &pool.spare));
-                pool.members.iter().map(part).chain(spare.map(view)).collect()
+                pool.parts.iter().map(view_part).chain(spare.map(view)).collect()
             }
         };
         views.push(PoolView { name: config.name, source: config.source, parts });
     }
     Ok(views)
-}
-
-/// A volume group: all of it is one part.
-fn view_of_group(config: &config::Pool) -> MemberView {
-    let name = &match &config.source {
-        Source::Group(name) => name.clone(),
-        _ => group_name(&config.name),
-    };
-    let found = Group::new(config.clone(), name, None, GROUP_PATIENCE);
-    let (state, figures) = match &found {
-        Ok(group) => (group.state().map_err(|trouble| trouble.message), group.figures()),
-        Err(error) => (Err(error.to_string()), None),
-    };
-    MemberView {
-        path: Path::new("/dev").join(name),
-        size: figures.map(|figures| figures.size),
-        free: figures.map(|figures| figures.free),
-        promised: figures.map(|figures| figures.size.saturating_sub(figures.free)),
-        trouble: state.err(),
-        ..MemberView::default()
-    }
 }
 
 fn view(pool: &Arc<Pool>) -> MemberView {
@@ -190,28 +159,43 @@ fn view(pool: &Arc<Pool>) -> MemberView {
     let space = files::space(&path).ok().filter(|_| is_there);
     let line = mounts::line_of(&path).ok().flatten().filter(|_| is_there);
     MemberView {
-        uuid: None,
-        disk: None,
-        waits_for_mount: false,
         warnings: pool.warnings().into_iter().map(|warning| warning.message).collect(),
         size: space.map(|space| space.total),
         free: space.map(|space| space.free),
         promised: pool.promised().ok().filter(|_| is_there),
         reflink: pool.has_reflink().ok().filter(|_| trouble.is_none()),
         quotas: line.map(|line| line.contains("prjquota") || line.contains("pquota")),
-        smart: None,
         trouble: trouble.map(|trouble| trouble.message),
         path,
+        ..MemberView::default()
     }
 }
 
-fn add(view: MemberView, member: &Member) -> MemberView {
-    MemberView {
-        uuid: Some(member.uuid.to_string()),
-        disk: member.disk(),
-        waits_for_mount: member.waits_for_mount(),
-        warnings: member.warnings().into_iter().map(|warning| warning.message).collect(),
-        smart: member.health().smart,
-        ..view
+/// All of it is one part.
+fn view_group(group: &Group) -> MemberView {
+    let path = group.group_name().into();
+    match group.state() {
+        Err(trouble) => MemberView { path, trouble: Some(trouble.message), ..MemberView::default() },
+        Ok(State { size, free, .. }) => MemberView {
+            path,
+            size: Some(size),
+            free: Some(free),
+            promised: Some(size.saturating_sub(free)),
+            warnings: group.troubles().into_iter().map(|warning| warning.message).collect(),
+            ..MemberView::default()
+        },
+    }
+}
+
+fn view_part(part: &Part) -> MemberView {
+    let held = part.held();
+    held.look_after();
+    let disks = held.wards().into_iter().map(|ward| (ward.disk, ward.smart)).collect();
+    match part {
+        Part::Filesystem(member, pool) => {
+            let (uuid, waits_for_mount) = (Some(member.uuid.to_string()), member.waits_for_mount());
+            MemberView { uuid, waits_for_mount, disks, ..view(pool) }
+        }
+        Part::Group(_, group) => MemberView { disks, ..view_group(group) },
     }
 }

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::{Entry, Pools};
+use super::{Entry, Part, Pools};
 use crate::backend::nvme::Nvme;
 use crate::backend::nvme::pool::Pool;
 use crate::host::files;
@@ -20,9 +20,6 @@ impl Nvme {
         let started = thread.spawn(move || {
             loop {
                 self.pools.report(&metrics);
-                for group in &self.groups {
-                    metrics.pool(group.name(), "", group.figures());
-                }
                 self.tend();
                 self.renew_limits();
                 std::thread::sleep(EVERY);
@@ -41,20 +38,34 @@ impl Pools {
         self.disks.look_soon();
         for entry in &self.entries {
             match entry {
-                Entry::Group => {}
                 Entry::One(pool) => metrics.pool(pool.name(), "", figures(pool)),
+                Entry::Group(group) => metrics.pool(group.name(), "", group.figures()),
                 Entry::Disks(number) => {
                     let pool = &self.disks.pools[*number];
-                    for part in pool.members.iter() {
-                        part.member.look_after();
-                        let Some(disk) = part.member.disk() else { continue };
-                        metrics.pool(part.pool.name(), &disk.identity(), figures(&part.pool));
-                        if let Some(smart) = part.member.health().smart {
-                            metrics.disk(part.pool.name(), &disk.identity(), &smart);
+                    let name = &pool.config.name;
+                    // Of what has had no disk until now.
+                    metrics.forget(name, "");
+                    if pool.parts.iter().next().is_none() {
+                        metrics.pool(name, "", None);
+                    }
+                    for part in pool.parts.iter() {
+                        part.held().look_after();
+                        let wards = part.held().wards();
+                        // One that lies on several disks is not told by any one of them.
+                        let disk = if let [only] = &wards[..] { only.disk.identity() } else { String::new() };
+                        let figures = match part {
+                            Part::Filesystem(_, pool) => figures(pool),
+                            Part::Group(_, group) => group.figures(),
+                        };
+                        metrics.pool(name, &disk, figures);
+                        for ward in wards {
+                            if let Some(smart) = ward.smart {
+                                metrics.disk(name, &ward.disk.identity(), &smart);
+                            }
                         }
                     }
                     if pool.spare_state.has_fallback {
-                        metrics.fallback(&pool.config.name, pool.spare_state.is_used());
+                        metrics.fallback(name, pool.spare_state.is_used());
                     }
                 }
             }
