@@ -9,7 +9,7 @@ settings=()
 for name in BENCH_QUICK BENCH_SECONDS; do [ -z "${!name:-}" ] || settings+=("$name=${!name}"); done
 status=0
 # By serial: which disk is nvme0 differs from boot to boot, and all are alike.
-VM_TIMEOUT=${VM_TIMEOUT:-3000} VM_MEMORY=${VM_MEMORY:-4G} VM_NVME="8G 8G 8G" scripts/vm.sh env "${settings[@]}" BENCH_ONLY=nvme \
+VM_TIMEOUT=${VM_TIMEOUT:-3000} VM_MEMORY=${VM_MEMORY:-4G} VM_NVME="256G 256G 256G" scripts/vm.sh env "${settings[@]}" BENCH_ONLY=nvme \
   BENCH_DISKS=/dev/nvme0n1,/dev/nvme1n1,/dev/nvme2n1 "$bench" --bench || status=$?
 [ "$status" != 125 ] || { echo "SKIPPED nvme: no virtual machine can be had here"; exit 0; }
 exit "$status"

@@ -62,8 +62,7 @@ if [ "$(id -u)" = 0 ]; then
   part sanity make --no-print-directory sanity DRIVER=nvme
   part sanity-cephfs make --no-print-directory sanity DRIVER=cephfs
   part sanity-s3 make --no-print-directory sanity DRIVER=s3
-  # A part of what `make test-vm` has, which takes more than half an hour in all.
-  part vm env VM_ONLY="${VM_ONLY:-sanity}" VM_CLASSES="${VM_CLASSES:-directory}" make --no-print-directory test-vm
+  part vm make --no-print-directory test-vm
 else
   echo "SKIPPED csi-sanity and virtual machines: need root, for loop devices and mounts" | tee "$log/sanity"
 fi

@@ -296,9 +296,10 @@ impl Group {
                     name: row.lv_name,
                     size: number(&row.lv_size)?,
                     tags: list(&row.lv_tags),
-                    active: !row.lv_active.is_empty(),
-                    suspended: !row.lv_suspended.is_empty(),
-                    open: !row.lv_device_open.is_empty(),
+                    // Of one without a device LVM says `unknown`.
+                    active: row.lv_active == "active",
+                    suspended: row.lv_suspended == "suspended",
+                    open: row.lv_device_open == "open",
                     partial: row.lv_health_status == "partial",
                     disks: Vec::new(),
                 }),

@@ -55,13 +55,22 @@ pub(super) struct Group {
     reaping: AtomicBool,
     /// Bytes of an extent, once they are known.
     step: OnceLock<u64>,
+    /// The names of all volumes that are ours, so that most of those who look for another one need not ask LVM.
+    names: Mutex<Names>,
+}
+
+#[derive(Default)]
+struct Names {
+    /// Raised before and after a volume is made: what was read meanwhile may lack it.
+    changes: u64,
+    known: Option<BTreeSet<String>>,
 }
 
 impl Group {
     /// The one of this name, wherever it is.
     pub(super) fn new(config: config::Pool, name: &str, deadline: Duration) -> Self {
-        let (changing, reaping, step) = Default::default();
-        Self { config, name: name.to_owned(), deadline, below: None, changing, reaping, step }
+        let (changing, reaping, step, names) = Default::default();
+        Self { config, name: name.to_owned(), deadline, below: None, changing, reaping, step, names }
     }
 
     /// The one of this name that lies on that, and is there while that is.
@@ -140,9 +149,28 @@ impl Group {
 
     /// Everything in the group that is ours.
     fn ours(&self) -> Result<Vec<LogicalVolume>> {
+        let changes = self.names().changes;
         let mut volumes = self.lvm()?.volumes()?;
         volumes.retain(|volume| volume.tags.iter().any(|tag| tag == TAG));
+        let mut names = self.names();
+        if names.changes == changes {
+            names.known = Some(volumes.iter().map(|volume| volume.name.clone()).collect());
+        }
         Ok(volumes)
+    }
+
+    fn names(&self) -> MutexGuard<'_, Names> {
+        self.names.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Has the volume surely not been here when LVM was last asked, and was not made since? Asks nobody.
+    pub(super) fn is_known_to_lack(&self, id: &str) -> bool {
+        self.names().known.as_ref().is_some_and(|known| !known.contains(id))
+    }
+
+    fn forget_names(&self) {
+        let mut names = self.names();
+        *names = Names { changes: names.changes + 1, known: None };
     }
 
     /// The volumes, by id.
@@ -200,6 +228,7 @@ impl Group {
     /// `Exhausted`, with what there is.
     pub(super) fn create(&self, descriptor: &VolumeDescriptor, beside: u64, stripes: Option<u32>) -> Result<()> {
         let _changing = self.lock();
+        self.forget_names();
         let id = &descriptor.id;
         let size = descriptor.size.saturating_add(beside);
         if self.is_closed() {
@@ -219,7 +248,9 @@ impl Group {
             }
             made => made?,
         }
-        lvm.rename(&fresh, id)
+        let made = lvm.rename(&fresh, id);
+        self.forget_names();
+        made
     }
 
     /// # Errors

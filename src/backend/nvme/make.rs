@@ -91,7 +91,8 @@ impl Nvme {
         let wanted = check_capabilities(&spec.capabilities)?;
         let class = ClassParameters::parse(&spec.parameters)?.changed_by(&spec.mutable)?;
         // In all pools: a class may name another one than it did when the volume was made.
-        let found = match self.find_volume(id.as_str()) {
+        let groups = self.pools.groups().filter(|group| !group.is_known_to_lack(id.as_str()));
+        let found = match self.find_volume_in(id.as_str(), groups) {
             // What may lie in a pool that is missing was never handed out, or nobody would ask for it again.
             Err(error) if error.kind() == ErrorKind::Unreachable => {
                 tracing::warn!(volume.id = %id, %error, "making it in another pool, or leaving it to another node");

@@ -43,6 +43,7 @@ use crate::volume::{NodeName, Topology, VolumeId};
 use descriptor::{Descriptor, VolumeDescriptor};
 use device::Device;
 use disks::Pools;
+use group::Group;
 use limits::Limits;
 use logical::{Logical, number_of};
 use pool::{Pool, Trouble};
@@ -294,10 +295,19 @@ impl Nvme {
     /// # Errors
     /// As [`Self::locate`].
     fn find_volume(&self, id: &str) -> Result<Option<Found<'_>>> {
+        self.find_volume_in(id, self.pools.groups())
+    }
+
+    /// The same, in no other volume groups than these.
+    fn find_volume_in<'a>(
+        &'a self,
+        id: &str,
+        groups: impl Iterator<Item = &'a Arc<Group>> + Clone,
+    ) -> Result<Option<Found<'a>>> {
         let sort = if id.starts_with(Sort::Ephemeral.prefix()) { Sort::Ephemeral } else { Sort::Volume };
         let mut missing = match self.locate(sort, id) {
             Ok(Some(located)) => {
-                for group in self.pools.groups() {
+                for group in groups.clone() {
                     if group.device(id)?.is_some() {
                         fail!(Internal, "{id} is in two pools: somebody has to decide which one is right");
                     }
@@ -310,7 +320,7 @@ impl Nvme {
             Err(error) if error.kind() == ErrorKind::Unreachable => Some(error),
             Err(error) => return Err(error),
         };
-        for group in self.pools.groups() {
+        for group in groups {
             match group.find(id) {
                 Ok(Some(volume)) => return Ok(Some(Found::Logical(Logical { group, volume }))),
                 Ok(None) => {}

@@ -104,7 +104,7 @@ impl Pools {
     }
 
     /// Every pool that is a volume group, and was seen at least once where Berth has made it.
-    pub(super) fn groups(&self) -> impl Iterator<Item = &Arc<Group>> {
+    pub(super) fn groups(&self) -> impl Iterator<Item = &Arc<Group>> + Clone {
         self.entries.iter().flat_map(|entry| match entry {
             Entry::One(_) => None,
             Entry::Disks(number) => self.disks.pools[*number].group(),
