@@ -3,7 +3,7 @@
 use std::fs::{File, OpenOptions};
 use std::io::Write;
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{AtFlags, FallocateFlags, FlockOperation, Mode, OFlags, SeekFrom, StatVfsMountFlags, StatxFlags};
@@ -179,6 +179,18 @@ pub fn space(path: &Path) -> Result<Space> {
 /// The file system's device number: equal for two paths exactly when they lie on one file system (or subvolume).
 pub fn device_of(path: &Path) -> Result<u64> {
     Ok(rustix::fs::stat(path).context(|| format!("cannot look at {}", path.display()))?.st_dev)
+}
+
+/// The number of the device that this device file stands for. `None`: there is no such file.
+///
+/// # Errors
+/// When it can't be looked at.
+pub fn device_number(device: &Path) -> Result<Option<u64>> {
+    match std::fs::metadata(device) {
+        Ok(stat) => Ok(Some(stat.rdev())),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(error).context(|| format!("cannot look at {}", device.display())),
+    }
 }
 
 /// The alignment that direct I/O to this file needs, in bytes; 512 where the kernel can't tell (before Linux 6.1).

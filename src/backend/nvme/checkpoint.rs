@@ -9,13 +9,11 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use super::device::Backing;
+use super::device::{Backing, FROZEN};
 use super::pool::Pool;
 use super::{Located, Nvme, Sort};
 use crate::error::{Context, Result};
 use crate::host::{filesystem, loops, mounts};
-
-pub(super) const MARK: &str = "frozen";
 
 /// Writes all of the file system that is mounted at `path`, superblock and all, to its device.
 pub(super) fn write(backing: &mut dyn Backing, path: &Path) -> Result<()> {
@@ -49,7 +47,7 @@ impl Nvme {
 }
 
 fn thaw_leftover(id: &str, located: &Located<'_>) -> Result<()> {
-    let mark = located.folder.join(MARK);
+    let mark = located.folder.join(FROZEN);
     if !mark.exists() {
         return Ok(());
     }

@@ -12,6 +12,9 @@ use crate::host::files;
 use crate::host::loops::{self, LoopDevice};
 use crate::secrets::Secrets;
 
+/// In the folder of a volume whose file system may be frozen by us.
+pub(super) const FROZEN: &str = "frozen";
+
 /// A volume's device, as its user sees it.
 pub(super) enum Device {
     /// An image's. It goes with its last user, of which this is one.
@@ -96,7 +99,7 @@ impl Backing for Located<'_> {
     }
 
     fn mark_frozen(&mut self, frozen: bool) -> Result<()> {
-        let mark = self.folder.join(super::checkpoint::MARK);
+        let mark = self.folder.join(FROZEN);
         let marked = if frozen { std::fs::File::create(&mark).map(drop) } else { std::fs::remove_file(&mark) };
         marked.context(|| format!("cannot mark {}", self.folder.display()))
     }

@@ -5,7 +5,7 @@
 
 use std::fs::File;
 use std::ops::ControlFlow;
-use std::os::unix::fs::{FileExt, MetadataExt};
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -205,13 +205,4 @@ fn opened(id: &str) -> Result<PathBuf> {
 /// Words that a person has chosen have spaces, or are shorter.
 fn is_random(key: &str) -> bool {
     key.len() >= RANDOM_LENGTH && key.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"+/=_-".contains(&byte))
-}
-
-/// The device number of a device file. `None`: there is no such file.
-pub(super) fn number_of(device: &Path) -> Result<Option<u64>> {
-    match std::fs::metadata(device) {
-        Ok(stat) => Ok(Some(stat.rdev())),
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
-        Err(error) => Err(error).context(|| format!("cannot look at {}", device.display())),
-    }
 }

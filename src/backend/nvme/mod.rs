@@ -25,6 +25,7 @@ mod pool;
 mod reaper;
 mod snapshots;
 mod stage;
+mod throttle;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
@@ -38,14 +39,14 @@ use crate::config;
 use crate::error::{Error, ErrorKind, Result};
 use crate::host::mapper::{self, Mapped};
 use crate::host::mounts::Place;
-use crate::host::{loops, mounts};
+use crate::host::{files, loops, mounts};
 use crate::volume::{NodeName, Topology, VolumeId};
 use descriptor::{Descriptor, VolumeDescriptor};
 use device::Device;
 use disks::Pools;
 use group::Group;
 use limits::Limits;
-use logical::{Logical, number_of};
+use logical::Logical;
 use pool::{Pool, Trouble};
 
 /// The driver begins to serve when its pools' disks have been looked at, but after this time at the latest.
@@ -362,7 +363,7 @@ impl Nvme {
         let Some(image) = device.image_name() else { return Ok(None) };
         // A read-only view shows another device.
         if image.starts_with("/dev") {
-            return number_of(&image)?.map_or(Ok(None), |below| self.volume_on(below));
+            return files::device_number(&image)?.map_or(Ok(None), |below| self.volume_on(below));
         }
         let id = image.parent().and_then(|folder| folder.file_name()).and_then(|name| name.to_str());
         let Some(id) = id.filter(|id| self.is_volume_here(id)) else { return Ok(None) };
