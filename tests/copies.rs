@@ -96,7 +96,7 @@ async fn a_pool_without_reflink_does_not_claim_snapshots() {
     for absent in [5, 6, 7, 15] {
         assert!(!capabilities.contains(&format!("Rpc {{ r#type: {absent} }}")), "{capabilities}");
     }
-    assert!(lab.log().contains("snapshots=\"no: no reflink"), "{}", lab.log());
+    lab.assert_says("snapshots=\"no: no reflink");
     let mounted = client.make_and_mount(&lab, "a", GI, &Use::default()).await;
     refused(client.snapshot(&mounted.id, "s").await, Code::Unimplemented);
     refused(client.create_from("b", GI, &Use::default(), from_volume(&mounted.id)).await, Code::Unimplemented);

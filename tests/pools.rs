@@ -431,7 +431,7 @@ async fn the_driver_makes_a_pool_only_where_that_is_wanted() {
         assert!(Instant::now() < end, "{}", disks.lab.log());
         tokio::time::sleep(Duration::from_millis(100)).await;
     }
-    assert!(disks.lab.log().contains("a disk is not blank: left alone"));
+    disks.lab.assert_says("a disk is not blank: left alone");
     assert_eq!(disks.parts().len(), 1);
     let mounted = client.make_and_mount(&disks.lab, "a", 100 * MI, &Use::default()).await;
     client.remove(&mounted).await;
@@ -445,7 +445,7 @@ async fn the_root_disk_stands_in_where_that_is_allowed_and_only_until_there_is_a
     disks.configure(", fallback: root, cap: 1Gi");
     let client = disks.lab.start().await;
     assert_eq!(client.capacity().await.available_capacity, GI);
-    assert!(disks.lab.log().contains("its new volumes lie on the root disk"));
+    disks.lab.assert_says("its new volumes lie on the root disk");
     let on_root = client.create("a", 100 * MI, &Use::default()).await;
     assert!(disks.lab.pool().join("volumes").join(&on_root).exists());
     disks.create();

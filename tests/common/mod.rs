@@ -176,6 +176,15 @@ impl Lab {
         std::fs::read_to_string(self.path("log")).unwrap_or_default()
     }
 
+    /// What the driver finds out beside serving is said sooner or later.
+    pub fn assert_says(&self, text: &str) {
+        let end = Instant::now() + Duration::from_secs(60);
+        while !self.log().contains(text) {
+            assert!(Instant::now() < end, "not said: {text}\n{}", self.log());
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+
     pub fn pid(&self) -> u32 {
         self.driver.as_ref().unwrap().id()
     }
