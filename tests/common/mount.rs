@@ -294,7 +294,9 @@ impl Mount {
         for pid in pids.into_iter().filter_map(Pid::from_raw) {
             let _ = rustix::process::kill_process(pid, Signal::KILL);
         }
-        let _ = self.process.take().unwrap().wait();
+        let mut process = self.process.take().unwrap();
+        let _ = process.kill();
+        let _ = process.wait();
         detach(&self.path);
     }
 }
@@ -317,6 +319,8 @@ impl Drop for Mount {
         for pid in pids.into_iter().filter(|pid| is_berth(*pid)).filter_map(Pid::from_raw) {
             let _ = rustix::process::kill_process(pid, Signal::KILL);
         }
+        // One that has ended is not killed.
+        let _ = process.kill();
         let _ = process.wait();
         detach(&self.path);
     }
