@@ -297,7 +297,7 @@ async fn a_class_chooses_its_carve() {
     }
     let message =
         refused(client.try_create(request("a", &Use::default(), &[("carve", "lvm")])).await, Code::ResourceExhausted);
-    assert!(message.contains("no pool for the carve lvm"), "{message}");
+    assert!(message.contains("in a volume group"), "{message}");
     let id = client.create("a", GI, &Use::default()).await;
     let message = refused(client.snapshot(&id, "s").await, Code::FailedPrecondition);
     assert!(message.contains("carve image"), "{message}");
@@ -576,6 +576,23 @@ async fn logical_volumes_live_in_a_group() {
     refused(client.try_create(lvm("a", GI, &Use::default(), &[("carve", "directory")])).await, Code::ResourceExhausted);
     refused(client.try_create(lvm("a", GI, &Use::default(), &[("stripes", "2")])).await, Code::ResourceExhausted);
     grouped.assert_clean();
+}
+
+/// > A volume group may lie on a disk that is encrypted as a whole.
+#[tokio::test]
+#[ignore = "make test-vm"]
+async fn a_group_may_lie_on_an_encrypted_disk() {
+    let disk = disk_or_skip!("berth0002");
+    let script =
+        "echo -n x | cryptsetup open --type plain --cipher aes-xts-plain64 --key-size 512 --key-file - $0 whole";
+    run("sh", &["-ec", script, disk.to_str().unwrap()]);
+    let (grouped, client) = Grouped::on(&["/dev/mapper/whole".into()]).await;
+    let mounted = client.make_and_mount(&grouped.lab, "a", 320 * MI, &Use::default()).await;
+    write(mounted.file("f"), "precious");
+    client.remove(&mounted).await;
+    grouped.assert_clean();
+    drop(grouped);
+    run("cryptsetup", &["close", "whole"]);
 }
 
 /// > The next tenant of a logical volume's extents reads zeros, and the room comes back when the zeros are written, also by the

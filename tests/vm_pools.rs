@@ -142,7 +142,7 @@ fn every_disk_is_shown_with_what_it_is() {
 }
 
 /// Each occupies the disk `$D`, and is undone by the second command; `$M` is a directory.
-const OCCUPANTS: [(&str, &str, &str); 11] = [
+const OCCUPANTS: [(&str, &str, &str); 12] = [
     ("mkfs.ext4 -q $D", "true", "signature ext4"),
     ("mkfs.xfs -q $D", "true", "signature xfs"),
     ("mkfs.xfs -q $D && mount $D $M", "umount $M", "mounted at"),
@@ -161,6 +161,7 @@ const OCCUPANTS: [(&str, &str, &str); 11] = [
         "umount $M && sgdisk -d 1 $D && udevadm settle",
         "used exclusively by somebody",
     ),
+    ("losetup /dev/loop60 $D", "losetup -d /dev/loop60", "a part of loop60"),
     ("printf x | dd of=$D bs=1 seek=1048575 conv=notrunc status=none", "true", "data at byte 1048575"),
 ];
 

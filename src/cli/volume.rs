@@ -308,8 +308,15 @@ async fn answer(kubelet: &Kubelet<'_>, command: VolumeCommand, mounter: &Path) -
                 client.delete_snapshot(&id).await?;
                 id
             } else {
-                let id = resolve(client, id).await?;
+                let known = find(client, &id).await?;
+                let is_there = known.is_some();
+                let id = known.unwrap_or(id);
                 client.delete(&id).await?;
+                if !is_there {
+                    // Right for programs, and for people mostly a slip of the pen.
+                    let text = format!("there is no volume {id}");
+                    return Ok(Answer { text, json: json!({ "id": id, "deleted": true }) });
+                }
                 id
             };
             Answer { text: format!("{id} is deleted"), json: json!({ "id": id, "deleted": true }) }
@@ -319,9 +326,14 @@ async fn answer(kubelet: &Kubelet<'_>, command: VolumeCommand, mounter: &Path) -
 
 /// The id of the volume that a person means: by its id, or by the name that it was made with.
 async fn resolve(client: &Client, given: String) -> Result<String> {
+    Ok(find(client, &given).await?.unwrap_or(given))
+}
+
+/// The same. `None`: there is none.
+async fn find(client: &Client, given: &str) -> Result<Option<String>> {
     let views: Vec<_> = client.volumes().await?.into_iter().map(VolumeView::from).collect();
     let named = views.iter().find(|view| view.id == given).or(views.iter().find(|view| view.name() == given));
-    Ok(named.map_or(given, |view| view.id.clone()))
+    Ok(named.map(|view| view.id.clone()))
 }
 
 fn at(id: &str, path: &Path, how: &str) -> Answer {

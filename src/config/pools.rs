@@ -52,6 +52,20 @@ impl<'a> Reader<'a> {
                 "is offered with `layout: xfs` only: name a second pool for the root disk",
             );
         }
+        let is_group = match &source {
+            Some(Source::Group(_)) => true,
+            Some(Source::Disks(disks)) => disks.layout == Layout::Lvm,
+            Some(Source::Folder) | None => false,
+        };
+        if is_group && thin == Some(true) {
+            self.mistake::<()>(&section.at("thin"), "is for images only: logical volumes have all their space");
+        }
+        if let Some(carves) = carves.as_ref().filter(|carves| !carves.is_empty())
+            && is_group != carves.contains(&Carve::Lvm)
+        {
+            let why = if is_group { "a volume group has the carve lvm" } else { "the carve lvm needs a volume group" };
+            self.mistake::<()>(&section.at("carves"), why);
+        }
         section.end();
         let (cap, fallback) = (cap.flatten(), fallback?);
         Some(Pool { name: name?, source: source?, path: path?, cap, thin: thin?, fallback, carves: carves? })

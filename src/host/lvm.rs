@@ -151,8 +151,9 @@ pub fn is_labelled(beginning: &[u8]) -> bool {
 }
 
 impl Group {
-    /// The group of this name on these disks, and on no other; or on any disk of this machine that is no loop device, no
-    /// device of device mapper and no zram. Each command has so much time. Nothing is asked yet.
+    /// The group of this name on these disks, and on no other; or on any disk of this machine, also one that is encrypted or has
+    /// several paths, but on no loop device, no other device of device mapper, no zram and no disk of the network. Each command
+    /// has so much time. Nothing is asked yet.
     ///
     /// # Errors
     /// `Invalid` when that can't be the name of a group, or of a disk.
@@ -508,11 +509,19 @@ fn check_readable(disk: &Path) -> Result<()> {
 }
 
 /// What LVM shall see and do, whatever its own configuration says.
+/// How the names of mappings begin that encrypt a volume.
+pub const VOLUMES: &str = "berth-";
+
 fn config(disks: Option<&[PathBuf]>) -> Result<String> {
     let mut filter = String::new();
     match disks {
         // A disk has many names; it is admitted by this one and by no link to it.
-        None => filter.push_str(r#""r|^/dev/(loop|dm-|zram|rbd|nbd|drbd)[^/]*$|", "a|^/dev/[^/]+$|", "#),
+        None => {
+            for below in mapper::all()?.iter().filter(|mapped| is_below_groups(mapped)) {
+                let _ = write!(filter, r#""a|^{}$|", "#, below.path().display());
+            }
+            filter.push_str(r#""r|^/dev/(loop|dm-|zram|rbd|nbd|drbd)[^/]*$|", "a|^/dev/[^/]+$|", "#);
+        }
         Some(disks) => {
             for disk in disks {
                 // Formatting into a string can't fail.
@@ -527,6 +536,12 @@ fn config(disks: Option<&[PathBuf]>) -> Result<String> {
          activation {{ monitoring=0 }} backup {{ backup=0 archive=0 }} \
          global {{ notify_dbus=0 use_lvmpolld=0 }} log {{ verbose=0 prefix=\"\" }}"
     ))
+}
+
+/// Does an administrator put volume groups on such a device? On what encrypts a whole disk, or on one with several paths; but what
+/// encrypts a volume is a tenant's.
+fn is_below_groups(mapped: &Mapped) -> bool {
+    (mapped.is_crypt() && !mapped.name.starts_with(VOLUMES)) || mapped.uuid.starts_with("mpath-")
 }
 
 /// LVM's regular expression for a disk's own name, which it may have been given another one of.

@@ -59,19 +59,25 @@ impl Mapped {
 /// # Errors
 /// When sysfs can't be read.
 pub fn find(name: &str) -> Result<Option<Mapped>> {
+    Ok(all()?.into_iter().find(|mapped| mapped.name == name))
+}
+
+/// Every device of device mapper. Asks sysfs only.
+///
+/// # Errors
+/// When sysfs can't be read.
+pub fn all() -> Result<Vec<Mapped>> {
     let what = || "cannot list the block devices".to_owned();
+    let mut found = Vec::new();
     for entry in std::fs::read_dir("/sys/block").context(what)? {
         let entry = entry.context(what)?;
         if !entry.file_name().as_encoded_bytes().starts_with(b"dm-") {
             continue;
         }
         let number = std::fs::read_to_string(entry.path().join("dev")).ok().and_then(|text| parse_number(text.trim()));
-        let mapped = number.map(|number| Mapped::at(&entry.path(), number)).transpose()?.flatten();
-        if let Some(mapped) = mapped.filter(|mapped| mapped.name == name) {
-            return Ok(Some(mapped));
-        }
+        found.extend(number.map(|number| Mapped::at(&entry.path(), number)).transpose()?.flatten());
     }
-    Ok(None)
+    Ok(found)
 }
 
 /// The devices of device mapper that lie directly on the device with this number.

@@ -47,8 +47,9 @@ impl Nvme {
 }
 
 fn thaw_leftover(id: &str, located: &Located<'_>) -> Result<()> {
+    let frozen_now = located.pool.freezing.now();
     let mark = located.folder.join(FROZEN);
-    if !mark.exists() {
+    if frozen_now.contains(id) || !mark.exists() {
         return Ok(());
     }
     if let Some(device) = loops::find(&located.image())?

@@ -1,5 +1,6 @@
 //! Volumes that are block devices: what staging and growing need of each carve.
 
+use std::borrow::Cow;
 use std::fs::OpenOptions;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -100,12 +101,18 @@ impl Backing for Located<'_> {
 
     fn mark_frozen(&mut self, frozen: bool) -> Result<()> {
         let mark = self.folder.join(FROZEN);
-        let marked = if frozen { std::fs::File::create(&mark).map(drop) } else { std::fs::remove_file(&mark) };
-        marked.context(|| format!("cannot mark {}", self.folder.display()))
+        self.pool.freezing.mark(&self.id(), frozen, || {
+            let marked = if frozen { std::fs::File::create(&mark).map(drop) } else { std::fs::remove_file(&mark) };
+            marked.context(|| format!("cannot mark {}", self.folder.display()))
+        })
     }
 }
 
 impl Located<'_> {
+    fn id(&self) -> Cow<'_, str> {
+        self.folder.file_name().unwrap_or_default().to_string_lossy()
+    }
+
     pub(super) fn open_image(&self) -> Result<std::fs::File> {
         let path = self.image();
         OpenOptions::new().read(true).write(true).open(&path).context(|| format!("cannot open {}", path.display()))

@@ -59,8 +59,9 @@ pub(super) fn data_of(folder: &Path) -> PathBuf {
     folder.join(DATA)
 }
 
-/// Makes an empty directory of this size. The limits are in force before there is anything to limit.
-pub(super) fn make(folder: &Path, project: u32, size: u64) -> Result<Directory> {
+/// Makes an empty directory of this size, with its descriptor beside it. The limits are in force before there is anything to
+/// limit.
+pub(super) fn make(folder: &Path, project: u32, descriptor: &VolumeDescriptor) -> Result<Directory> {
     let path = data_of(folder);
     let what = || format!("cannot make {}", path.display());
     std::fs::DirBuilder::new().mode(0o755).create(&path).context(what)?;
@@ -68,7 +69,9 @@ pub(super) fn make(folder: &Path, project: u32, size: u64) -> Result<Directory> 
     std::fs::set_permissions(&path, std::os::unix::fs::PermissionsExt::from_mode(0o755)).context(what)?;
     let data = File::open(&path).context(what)?;
     quota::set_project(&data, project)?;
-    limit(&data, project, size)?;
+    limit(&data, project, descriptor.size)?;
+    // In this order the second sync finds nothing to do: the journal has all up to the descriptor then.
+    descriptor.write_new(folder)?;
     data.sync_all().context(what)?;
     Ok(Directory { project: Some(project), inode: data.metadata().context(what)?.ino() })
 }

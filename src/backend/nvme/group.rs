@@ -16,6 +16,7 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
 use super::descriptor::{Descriptor, VolumeDescriptor};
+use super::freezing::Freezing;
 use super::pool::{Below, Trouble};
 use super::reaper::Trash;
 use crate::config::{self, Carve};
@@ -57,6 +58,7 @@ pub(super) struct Group {
     step: OnceLock<u64>,
     /// The names of all volumes that are ours, so that most of those who look for another one need not ask LVM.
     names: Mutex<Names>,
+    freezing: Freezing,
 }
 
 #[derive(Default)]
@@ -69,8 +71,8 @@ struct Names {
 impl Group {
     /// The one of this name, wherever it is.
     pub(super) fn new(config: config::Pool, name: &str, deadline: Duration) -> Self {
-        let (changing, reaping, step, names) = Default::default();
-        Self { config, name: name.to_owned(), deadline, below: None, changing, reaping, step, names }
+        let (changing, reaping, step, names, freezing) = Default::default();
+        Self { config, name: name.to_owned(), deadline, below: None, changing, reaping, step, names, freezing }
     }
 
     /// The one of this name that lies on that, and is there while that is.
@@ -275,6 +277,11 @@ impl Group {
 
     /// Says, for whoever comes after a crash, that the volume's file system may be frozen by us; or that it is not.
     pub(super) fn mark_frozen(&self, volume: &mut LogicalVolume, frozen: bool) -> Result<()> {
+        let id = volume.name.clone();
+        self.freezing.mark(&id, frozen, || self.tag_frozen(volume, frozen))
+    }
+
+    fn tag_frozen(&self, volume: &mut LogicalVolume, frozen: bool) -> Result<()> {
         let mark = [FROZEN.to_owned()];
         if frozen { self.retag(volume, &[], &mark) } else { self.retag(volume, &mark, &[]) }
     }
@@ -288,7 +295,10 @@ impl Group {
 
     /// Thaws what a driver that died has left frozen.
     pub(super) fn thaw_leftovers(&self) -> Result<()> {
-        for mut volume in self.volumes()?.into_values().filter(|volume| volume.tags.iter().any(|tag| tag == FROZEN)) {
+        let frozen_now = self.freezing.now();
+        let is_left =
+            |volume: &LogicalVolume| volume.tags.iter().any(|tag| tag == FROZEN) && !frozen_now.contains(&volume.name);
+        for mut volume in self.volumes()?.into_values().filter(is_left) {
             if let Some(device) = self.device(&volume.name)? {
                 let above = crypt::mapping_on(device.device)?.unwrap_or(device);
                 if let Some(place) = mounts::users_of_device(&above.path())?.iter().find(|place| place.is_dir()) {
@@ -296,7 +306,7 @@ impl Group {
                     filesystem::thaw(place)?;
                 }
             }
-            self.mark_frozen(&mut volume, false)?;
+            self.tag_frozen(&mut volume, false)?;
         }
         Ok(())
     }

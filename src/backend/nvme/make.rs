@@ -1,5 +1,6 @@
 //! New volumes: which pool, which carve, how big; and whether the one that exists is the one that is asked for.
 
+use std::collections::BTreeSet;
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -157,8 +158,7 @@ impl Nvme {
             let project = writer.free_project()?;
             fresh.contents = Contents::Directory { project };
             writer.create(sort, id.as_str(), size, false, |folder| {
-                fresh.write_new(folder)?;
-                directory::make(folder, project, size).map(Some)
+                directory::make(folder, project, &fresh).map(Some)
             })?;
         } else {
             writer.create(sort, id.as_str(), size, origin.is_some(), |folder| {
@@ -214,16 +214,18 @@ impl Nvme {
         if let Some((_, place, carve)) = best {
             return Ok((place, carve));
         }
-        let known = self.targets(None).map(|place| place.name().to_owned()).collect::<Vec<_>>().join(", ");
+        let known: BTreeSet<_> = self.targets(None).map(|place| place.name().to_owned()).collect();
+        let known = known.into_iter().collect::<Vec<_>>().join(", ");
         let which = class.pool.as_ref().map_or(String::new(), |name| format!(" {name}"));
-        match class.carve {
-            Some(carve) => fail!(
-                Exhausted,
-                "this node has no pool{which} for the carve {}; it has: {known}. A pool has directories if it is XFS mounted with prjquota",
-                carve.name()
-            ),
-            None => fail!(Exhausted, "this node has no pool{which} for such a volume; it has: {known}"),
-        }
+        let needs = match class.carve {
+            Some(Carve::Directory) => ". Directories are to be had in an XFS mounted with prjquota",
+            Some(Carve::Lvm) => ". Logical volumes are to be had in a volume group",
+            None if class.encryption.is_some() || class.stripes.is_some() => {
+                ". Encryption and stripes need a volume group"
+            }
+            _ => "",
+        };
+        fail!(Exhausted, "this node has no pool{which} for such a volume; it has: {known}{needs}")
     }
 
     pub(super) fn targets<'a>(&'a self, name: Option<&str>) -> impl Iterator<Item = Target<'a>> {

@@ -14,6 +14,7 @@ mod directory;
 pub mod disks;
 pub mod doctor;
 mod ephemeral;
+mod freezing;
 mod group;
 mod limits;
 mod logical;

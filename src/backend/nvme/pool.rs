@@ -24,6 +24,7 @@ use std::time::SystemTime;
 
 use super::Sort;
 use super::directory::{self, Directory};
+use super::freezing::Freezing;
 use super::reaper::Trash;
 use crate::config::{self, Carve, Fallback};
 use crate::error::{Context, Result};
@@ -56,6 +57,7 @@ pub(super) struct Pool {
     reflink: Mutex<Option<(u64, bool)>>,
     /// A thread empties the trash.
     reaping: AtomicBool,
+    pub(super) freezing: Freezing,
 }
 
 /// What a pool lies on, where Berth itself has put it there. Nothing here waits for a disk.
@@ -144,6 +146,7 @@ impl Pool {
             books: Mutex::new(None),
             reflink: Mutex::new(None),
             reaping: AtomicBool::new(false),
+            freezing: Freezing::default(),
         }
     }
 
@@ -354,7 +357,7 @@ impl Pool {
         if self.state().is_err() {
             return Ok(0);
         }
-        match self.ask(|books| self.available_beside(books)).flatten() {
+        match self.ask(|books| self.available_beside(books, u64::MAX)).flatten() {
             // It broke while it was asked. The others have what they have.
             Err(error) if self.state().is_err() => {
                 tracing::error!(pool = self.name(), %error, "a pool that can't be asked has no room");
@@ -365,8 +368,9 @@ impl Pool {
     }
 
     /// Two limits: what the pool may hold less what it has promised, and what is free now less what it will yet need
-    /// for what it has promised. They differ when something else lies on the file system.
-    fn available_beside(&self, books: &Books) -> Result<u64> {
+    /// for what it has promised. They differ when something else lies on the file system. Where there is surely `enough`, no
+    /// volume is asked what it has taken.
+    fn available_beside(&self, books: &Books, enough: u64) -> Result<u64> {
         if self.below.as_ref().is_some_and(|below| below.is_closed()) {
             return Ok(0);
         }
@@ -377,6 +381,11 @@ impl Pool {
             return Ok(capped.min(space.free));
         }
         let room = capped.min((space.total - space.total / HEADROOM).saturating_sub(promised));
+        let most: u64 = books.directories.keys().filter_map(|id| books.volumes.get(id)).sum();
+        let surely = room.min(space.free.saturating_sub(books.saved.get().saturating_add(most)));
+        if surely >= enough.min(room) {
+            return Ok(surely);
+        }
         if room.saturating_add(books.saved.get()) > space.free {
             // What was noted is an upper bound. It matters now: look.
             books.saved.set(self.count_saved()?);

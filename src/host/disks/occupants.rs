@@ -25,7 +25,7 @@ pub enum Found {
     ReadOnly,
     /// These.
     Partitions(Vec<String>),
-    /// It, or a partition of it, is a part of these block devices: device mapper, RAID.
+    /// It, or a partition of it, is a part of these block devices: device mapper, RAID, loop devices.
     Holders(Vec<String>),
     /// Its file system is mounted there.
     Mounted(PathBuf),
@@ -83,6 +83,14 @@ impl Machine {
         }
         let partitions = names(&partitions);
         let ours: Vec<_> = partitions.iter().cloned().chain([disk.name.clone()]).collect();
+        for device in entries(&self.root.join("sys/block"))? {
+            // Nothing else tells of these: the disk has no holder, and may be opened exclusively.
+            let shows = std::fs::read_to_string(device.join("loop/backing_file")).unwrap_or_default();
+            let shown = Path::new(shows.trim_end_matches('\n'));
+            if shown.parent() == Some(Path::new("/dev")) && ours.iter().any(|our| shown.ends_with(our)) {
+                holders.extend(names(&[device]));
+            }
+        }
         found.extend(self.uses(&ours)?);
         if !partitions.is_empty() {
             found.push(Found::Partitions(partitions));

@@ -24,7 +24,7 @@ impl Writer<'_> {
     /// # Errors
     /// `Exhausted`, with what there is.
     pub(in super::super) fn check_room(&self, bytes: u64) -> Result<()> {
-        let free = self.pool.available_beside(&self.books)?;
+        let free = self.pool.available_beside(&self.books, bytes)?;
         if bytes > free {
             let (free, wanted) = (format_bytes(free), format_bytes(bytes));
             fail!(Exhausted, "pool {} has {free} left, and {wanted} is wanted", self.pool.name());
