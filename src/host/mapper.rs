@@ -30,8 +30,8 @@ impl Mapped {
     fn at(sysfs: &Path, device: u64) -> Result<Option<Self>> {
         let read = |name: &str| match std::fs::read_to_string(sysfs.join("dm").join(name)) {
             Ok(text) => Ok(Some(text.trim_end_matches('\n').to_owned())),
-            // ENODEV: it goes away just now.
-            Err(error) if matches!(error.raw_os_error(), Some(libc::ENOENT | libc::ENODEV)) => Ok(None),
+            // It goes away just now: the kernel says EINVAL (dm_attr_show) or ENODEV.
+            Err(error) if matches!(error.raw_os_error(), Some(libc::ENOENT | libc::ENODEV | libc::EINVAL)) => Ok(None),
             Err(error) => Err(error).context(|| format!("cannot read {}", sysfs.join("dm").join(name).display())),
         };
         let (Some(name), Some(uuid)) = (read("name")?, read("uuid")?) else { return Ok(None) };
