@@ -157,9 +157,8 @@ impl Nvme {
         if carve == Carve::Directory {
             let project = writer.free_project()?;
             fresh.contents = Contents::Directory { project };
-            writer.create(sort, id.as_str(), size, false, |folder| {
-                directory::make(folder, project, &fresh).map(Some)
-            })?;
+            writer
+                .create(sort, id.as_str(), size, false, |folder| directory::make(folder, project, &fresh).map(Some))?;
         } else {
             writer.create(sort, id.as_str(), size, origin.is_some(), |folder| {
                 make_image(folder, pool, origin.as_ref(), &mut fresh).map(|()| None)
