@@ -15,7 +15,7 @@ wanted() { [[ " ${VM_ONLY:-local pools power sanity cephfs} " = *" $1 "* ]]; }
 # All is built here: in there it would take ten times as long.
 built=$(mktemp -d "$cache/test-vm.XXXXXX")
 trap 'rm -rf "$built"' EXIT
-cargo test --quiet --no-run --test vm_host --test vm_local --test vm_pools --test vm_power --test vm_cephfs --test cluster_storage \
+cargo test --quiet --no-run --test vm_host --test vm_local --test vm_directories --test vm_logical --test vm_pools --test vm_power --test vm_cephfs --test cluster_storage \
   --message-format json >"$built/json"
 program() { sed -n "s/.*\"executable\":\"\([^\"]*\/$1\(-[0-9a-f]*\)\?\)\".*/\1/p" "$built/json" | tail -1; }
 berth=$(program berth)
@@ -44,7 +44,8 @@ part() { # part NAME COMMAND...
 if wanted local; then
   VM_NVME="8G 8G 8G" part local bash -c 'status=0
     for program; do "$program" --ignored --nocapture --test-threads 1 $0 || status=1; done
-    exit $status' "${VM_TESTS:-}" "$(program vm_host)" "$(program vm_local)"
+    exit $status' "${VM_TESTS:-}" "$(program vm_host)" "$(program vm_directories)" \
+    "$(program vm_logical)" "$(program vm_local)"
 fi
 
 if wanted pools; then

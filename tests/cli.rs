@@ -305,6 +305,8 @@ fn a_volume_is_made_mounted_grown_unmounted_and_deleted_by_hand() {
     assert!(err.contains("(NOT_FOUND)"), "{err}");
     for id in [id, block] {
         assert_eq!(json(&["delete", id])["deleted"], true);
+        let (out, _) = run(&mut command(&["delete", id]), 0);
+        assert!(out.contains("there is no volume"), "{out}");
     }
     assert_eq!(json(&["list"])["volumes"], serde_json::json!([]));
     drop(driver);

@@ -165,6 +165,7 @@ const OCCUPANTS: [(&str, &str, &str); 12] = [
     ("printf x | dd of=$D bs=1 seek=1048575 conv=notrunc status=none", "true", "data at byte 1048575"),
 ];
 
+/// > A disk that holds anything, or that anybody uses, is refused with what was found, and left as it is.
 #[test]
 #[ignore = "make test-vm"]
 fn an_occupied_disk_is_refused_and_left_as_it_is() {
@@ -190,6 +191,7 @@ fn an_occupied_disk_is_refused_and_left_as_it_is() {
     pools.create("fast");
 }
 
+/// > A pool of disks is found by what is on them, whatever they are called after a boot.
 #[tokio::test]
 #[ignore = "make test-vm"]
 async fn a_pool_has_quotas_fails_fast_and_is_found_under_other_names() {
@@ -262,6 +264,7 @@ async fn a_pool_has_quotas_fails_fast_and_is_found_under_other_names() {
     }
 }
 
+/// > A disk of a pool that is gone makes itself missed and nothing else; when it is back, so are its volumes.
 #[tokio::test]
 #[ignore = "make test-vm"]
 async fn a_disk_that_is_pulled_out_takes_nothing_else_with_it_and_may_come_back() {
@@ -441,6 +444,7 @@ async fn a_striped_pool_is_one_file_system_over_all_disks() {
     client.delete(&mounted.id).await.unwrap();
 }
 
+/// > Making a pool that was interrupted at any program is gone on with by the same command.
 #[test]
 #[ignore = "make test-vm"]
 fn a_striped_pool_whose_making_was_interrupted_is_made_by_doing_it_again() {
@@ -473,6 +477,7 @@ fn a_striped_pool_whose_making_was_interrupted_is_made_by_doing_it_again() {
     }
 }
 
+/// > A volume group that Berth makes is zeroed first, and grows by disks that come later.
 #[test]
 #[ignore = "make test-vm"]
 fn a_volume_group_is_zeroed_first_and_grows_by_disks() {
@@ -508,6 +513,56 @@ fn a_volume_group_is_zeroed_first_and_grows_by_disks() {
     assert_eq!(tags.trim(), "berth.layout=lvm");
 }
 
+/// > A volume group that Berth has made goes on with the disks that it has, promises no room while one is missing, and takes it back.
+#[tokio::test]
+#[ignore = "make test-vm"]
+async fn a_volume_group_that_lacks_a_disk_goes_on_with_the_others_and_takes_it_back() {
+    skip_unless!(
+        disks::find("berth0003", 1).is_some(),
+        "no NVMe disks of the virtual machine; `make test-vm` has them"
+    );
+    let mut pools = Pools::new(&[("carved", &["berth0002", "berth0003"], ", layout: lvm")]);
+    pools.create("carved");
+    let client = pools.lab.start().await;
+    let usage = Use::fs("ext4");
+    let [stays, goes] = [
+        client.make_and_mount(&pools.lab, "a", 700 * MI, &usage).await,
+        client.make_and_mount(&pools.lab, "b", 700 * MI, &usage).await,
+    ];
+    write(stays.file("f"), "one");
+    write(goes.file("f"), "two");
+    // Its device stays, as after any pod.
+    client.unmount(&goes).await;
+    let devices = run("lvs", &["--noheadings", "-o", "devices", &format!("berth-carved/{}", goes.id)]);
+    let serial = ["berth0002", "berth0003"].into_iter().find(|serial| {
+        let disk = disks::find(serial, 1).unwrap();
+        devices.contains(&format!("{}(", disk.display()))
+    });
+    let serial = serial.unwrap();
+    std::fs::write(controller(serial).join("remove"), "1").unwrap();
+    eventually("it is missed", async || client.storage_health().await == ["DiskMissing"]).await;
+    assert_eq!(client.capacity().await.available_capacity, 0);
+    let message = refused(
+        client.try_create(common::Client::request("c", 64 * MI, &usage)).await.map(drop),
+        Code::ResourceExhausted,
+    );
+    assert!(message.contains("lacks a disk"), "{message}");
+    write(stays.file("g"), "goes on");
+    assert!(client.stage(&goes.id, &pools.lab.staging("again"), &usage).await.is_err());
+    // From the first change on LVM counts the disk as missing also when it is there.
+    run("lvchange", &["-q", "--addtag", "changed", &format!("berth-carved/{}", stays.id)]);
+    rescan(&[serial]);
+    eventually("it is taken back", async || client.storage_health().await.is_empty()).await;
+    let back = client.mount(&pools.lab, &goes.id, "back", &usage).await;
+    assert_eq!(read(back.file("f")), b"two");
+    for mounted in [&back, &stays] {
+        client.remove(mounted).await;
+    }
+    let made = client.create("c", 64 * MI, &usage).await;
+    client.delete(&made).await.unwrap();
+}
+
+/// > A disk that does not answer holds up neither the start nor any other pool.
 #[tokio::test]
 #[ignore = "make test-vm"]
 async fn a_disk_that_does_not_answer_holds_up_nobody() {

@@ -249,6 +249,10 @@ mod tests {
             ),
             ("{name: a, path: /a, layout: xfs}", "pools[0].layout", "only for pools with `disks`"),
             ("{name: a, group: b, create: true}", "pools[0].create", "only for pools with `disks`"),
+            ("{name: a, group: b, thin: true}", "pools[0].thin", "have all their space"),
+            ("{name: a, group: b, carves: [directory]}", "pools[0].carves", "has the carve lvm"),
+            ("{name: a, disks: [{minSize: 2}], layout: lvm, carves: [image]}", "pools[0].carves", "has the carve lvm"),
+            ("{name: a, path: /a, carves: [lvm]}", "pools[0].carves", "needs a volume group"),
             ("{name: a, group: -b}", "pools[0].group", "letters, digits"),
             ("{name: a, group: b}, {name: c, group: b}", "pools[1].group", "pool a has the volume group b too"),
             (

@@ -66,6 +66,8 @@ pub struct Disk {
     pub free: u64,
     /// `None`: it is missing.
     pub path: Option<PathBuf>,
+    /// It was missing while the group was changed, and is here again: LVM does not use it until [`Group::restore`].
+    pub returned: Option<PathBuf>,
 }
 
 /// A logical volume.
@@ -239,9 +241,10 @@ impl Group {
             fail!(Conflict, "there are several volume groups {}: rename one of them (vgrename UUID NAME)", self.name);
         }
         let disk = |row: &Row| {
-            let is_there = row.pv_missing.is_empty() && row.pv_name.is_absolute();
-            let path = is_there.then(|| row.pv_name.clone());
-            Ok(Disk { uuid: row.pv_uuid.clone(), size: number(&row.pv_size)?, free: number(&row.pv_free)?, path })
+            let place = Some(row.pv_name.clone()).filter(|place| place.is_absolute());
+            let (path, returned) = if row.pv_missing.is_empty() { (place, None) } else { (None, place) };
+            let (size, free) = (number(&row.pv_size)?, number(&row.pv_free)?);
+            Ok(Disk { uuid: row.pv_uuid.clone(), size, free, path, returned })
         };
         let disks = rows.iter().map(disk).collect::<Result<Vec<_>>>()?;
         Ok(State {
@@ -509,16 +512,13 @@ fn check_readable(disk: &Path) -> Result<()> {
 }
 
 /// What LVM shall see and do, whatever its own configuration says.
-/// How the names of mappings begin that encrypt a volume.
-pub const VOLUMES: &str = "berth-";
-
 fn config(disks: Option<&[PathBuf]>) -> Result<String> {
     let mut filter = String::new();
     match disks {
         // A disk has many names; it is admitted by this one and by no link to it.
         None => {
-            for below in mapper::all()?.iter().filter(|mapped| is_below_groups(mapped)) {
-                let _ = write!(filter, r#""a|^{}$|", "#, below.path().display());
+            for whole in mapper::whole_disks()? {
+                let _ = write!(filter, r#""a|^{}$|", "#, whole.path().display());
             }
             filter.push_str(r#""r|^/dev/(loop|dm-|zram|rbd|nbd|drbd)[^/]*$|", "a|^/dev/[^/]+$|", "#);
         }
@@ -536,12 +536,6 @@ fn config(disks: Option<&[PathBuf]>) -> Result<String> {
          activation {{ monitoring=0 }} backup {{ backup=0 archive=0 }} \
          global {{ notify_dbus=0 use_lvmpolld=0 }} log {{ verbose=0 prefix=\"\" }}"
     ))
-}
-
-/// Does an administrator put volume groups on such a device? On what encrypts a whole disk, or on one with several paths; but what
-/// encrypts a volume is a tenant's.
-fn is_below_groups(mapped: &Mapped) -> bool {
-    (mapped.is_crypt() && !mapped.name.starts_with(VOLUMES)) || mapped.uuid.starts_with("mpath-")
 }
 
 /// LVM's regular expression for a disk's own name, which it may have been given another one of.

@@ -62,11 +62,48 @@ pub fn find(name: &str) -> Result<Option<Mapped>> {
     Ok(all()?.into_iter().find(|mapped| mapped.name == name))
 }
 
-/// Every device of device mapper. Asks sysfs only.
+/// Those that stand for disks of this machine: what encrypts a whole one, and one with several paths. What lies on a loop device
+/// or a logical volume may be a tenant's. Asks sysfs only.
 ///
 /// # Errors
 /// When sysfs can't be read.
-pub fn all() -> Result<Vec<Mapped>> {
+pub fn whole_disks() -> Result<Vec<Mapped>> {
+    let mut found = Vec::new();
+    for mapped in all()? {
+        let is_whole = mapped.is_crypt() || mapped.uuid.starts_with("mpath-");
+        if is_whole && below_names(mapped.device)?.iter().all(|name| !is_virtual(name)) {
+            found.push(mapped);
+        }
+    }
+    Ok(found)
+}
+
+fn is_virtual(name: &str) -> bool {
+    ["dm-", "loop", "zram", "rbd", "nbd", "drbd"].iter().any(|kind| name.starts_with(kind))
+}
+
+/// Is something that this device lies on gone? One that has come back since is another one: the device has to be told.
+///
+/// # Errors
+/// When sysfs can't be read.
+pub fn is_stale(device: u64) -> Result<bool> {
+    let slaves = by_number(device).join("slaves");
+    Ok(below_names(device)?.iter().any(|name| !slaves.join(name).join("dev").exists()))
+}
+
+/// What sysfs calls the devices that this one lies on.
+fn below_names(device: u64) -> Result<Vec<String>> {
+    let slaves = by_number(device).join("slaves");
+    let what = || format!("cannot list {}", slaves.display());
+    let mut names = Vec::new();
+    for entry in std::fs::read_dir(&slaves).context(what)? {
+        names.push(entry.context(what)?.file_name().to_string_lossy().into_owned());
+    }
+    Ok(names)
+}
+
+/// Every device of device mapper.
+fn all() -> Result<Vec<Mapped>> {
     let what = || "cannot list the block devices".to_owned();
     let mut found = Vec::new();
     for entry in std::fs::read_dir("/sys/block").context(what)? {

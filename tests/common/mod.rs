@@ -8,6 +8,7 @@ pub mod crash;
 pub mod disks;
 pub mod faulty;
 pub mod files;
+pub mod local;
 pub mod mount;
 pub mod raw;
 pub mod toxiproxy;

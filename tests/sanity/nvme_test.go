@@ -64,7 +64,10 @@ func nvmeDriver() driver {
 		d.without = copies
 	case "lvm":
 		d.setup, d.leftovers = makeGroup, groupLeftovers
-		d.without = copies
+		// A node that has nothing but a volume group.
+		d.capabilities = slices.DeleteFunc(d.capabilities, func(capability string) bool {
+			return strings.Contains(capability, "SNAPSHOT") || strings.Contains(capability, "CLONE")
+		})
 	}
 	return d
 }

@@ -60,3 +60,38 @@ fn thaw_leftover(id: &str, located: &Located<'_>) -> Result<()> {
     }
     std::fs::remove_file(&mark).context(|| format!("cannot remove {}", mark.display()))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::device::Backing;
+    use super::*;
+    use crate::config::{self, Fallback, Source};
+
+    #[test]
+    fn what_this_process_freezes_just_now_is_no_leftover() {
+        let dir = tempfile::tempdir().unwrap();
+        let config = config::Pool {
+            name: "fast".to_owned(),
+            source: Source::Folder,
+            path: dir.path().to_owned(),
+            cap: None,
+            thin: false,
+            fallback: Fallback::None,
+            carves: Vec::new(),
+        };
+        let pool = Arc::new(Pool::new(config));
+        let folder = pool.folder(Sort::Volume, "vol-1");
+        std::fs::create_dir_all(&folder).unwrap();
+        let located = || Located { pool: &pool, folder: folder.clone() };
+        let is_marked = || folder.join(FROZEN).exists();
+        located().mark_frozen(true).unwrap();
+        thaw_leftover("vol-1", &located()).unwrap();
+        assert!(is_marked());
+        located().mark_frozen(false).unwrap();
+        assert!(!is_marked());
+        // As a driver that died has left it.
+        std::fs::write(folder.join(FROZEN), "").unwrap();
+        thaw_leftover("vol-1", &located()).unwrap();
+        assert!(!is_marked());
+    }
+}

@@ -22,7 +22,7 @@ use super::reaper::Trash;
 use crate::config::{self, Carve};
 use crate::error::{Error, ErrorKind, Result};
 use crate::host::lvm::{self, LogicalVolume};
-use crate::host::mapper::Mapped;
+use crate::host::mapper::{self, Mapped};
 use crate::host::{crypt, filesystem, mounts, zero};
 use crate::telemetry::PoolFigures;
 use crate::volume::format_bytes;
@@ -112,16 +112,24 @@ impl Group {
 
     /// Everything that is wrong with it now.
     pub(super) fn troubles(&self) -> Vec<Trouble> {
-        match (self.state(), &self.below) {
-            (Err(trouble), _) => vec![trouble],
-            (Ok(_), Some(below)) => below.warnings(),
-            (Ok(_), None) => Vec::new(),
+        let state = match self.state() {
+            Err(trouble) => return vec![trouble],
+            Ok(state) => state,
+        };
+        if let Some(below) = &self.below {
+            return below.warnings();
         }
-    }
-
-    /// A disk of it is missing, and LVM makes no volume then.
-    fn is_closed(&self) -> bool {
-        self.below.as_ref().is_some_and(|below| below.is_closed())
+        let missing = |message| Trouble { reason: "DiskMissing", message: format!("pool {}: {message}", self.name()) };
+        let back = state.disks.iter().filter_map(|disk| disk.returned.as_ref()).map(|disk| {
+            let (group, disk) = (&self.name, disk.display());
+            missing(format!("{disk} was missing and is back: vgextend --restoremissing {group} {disk}"))
+        });
+        let gone = state
+            .disks
+            .iter()
+            .filter(|disk| disk.path.is_none() && disk.returned.is_none())
+            .map(|disk| missing(format!("the disk {} of volume group {} is missing", disk.uuid, self.name)));
+        back.chain(gone).collect()
     }
 
     /// How big it is and what no volume has. `None`: it can't be used.
@@ -141,7 +149,7 @@ impl Group {
     /// Room in the pool, in bytes.
     pub(super) fn available(&self) -> Result<u64> {
         let Ok(state) = self.state() else { return Ok(0) };
-        if self.is_closed() {
+        if !is_whole(&state) {
             return Ok(0);
         }
         let Some(cap) = self.config.cap else { return Ok(state.free) };
@@ -215,7 +223,10 @@ impl Group {
         if !volume.active {
             self.lvm()?.activate(&volume.name)?;
         }
-        if volume.suspended {
+        // The second: it lies on a disk that was gone.
+        if volume.suspended
+            || self.device(&volume.name)?.is_some_and(|device| mapper::is_stale(device.device).unwrap_or(true))
+        {
             self.lvm()?.refresh(&volume.name)?;
         }
         match self.device(&volume.name)? {
@@ -233,9 +244,6 @@ impl Group {
         self.forget_names();
         let id = &descriptor.id;
         let size = descriptor.size.saturating_add(beside);
-        if self.is_closed() {
-            fail!(Exhausted, "pool {} lacks a disk: LVM makes no volume in it until it has all", self.name());
-        }
         self.check_room(size)?;
         let lvm = self.lvm()?;
         let (fresh, tags) = (format!("{NEW}{id}"), tags_of(descriptor)?);
@@ -247,6 +255,11 @@ impl Group {
                 }
                 self.discard(&fresh, id)?;
                 lvm.create(&fresh, size, stripes, &tags)?;
+            }
+            Err(error)
+                if error.kind() == ErrorKind::Precondition && !lvm.state().is_ok_and(|state| is_whole(&state)) =>
+            {
+                fail!(Exhausted, "pool {} lacks a disk: LVM makes no volume in it until it has all", self.name());
             }
             made => made?,
         }
@@ -348,6 +361,11 @@ impl Group {
     fn lock(&self) -> MutexGuard<'_, ()> {
         self.changing.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// LVM makes no volume in a group that misses a disk.
+fn is_whole(state: &lvm::State) -> bool {
+    state.disks.iter().all(|disk| disk.path.is_some())
 }
 
 impl Trash for Group {

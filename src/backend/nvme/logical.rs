@@ -15,7 +15,7 @@ use super::group::{self, Group};
 use super::parameters::ClassParameters;
 use super::{Nvme, refuse_users};
 use crate::error::{Context, Result};
-use crate::host::lvm::{self, LogicalVolume};
+use crate::host::lvm::LogicalVolume;
 use crate::host::mapper::{self, Mapped};
 use crate::host::{crypt, filesystem, mounts, zero};
 use crate::secrets::Secrets;
@@ -187,7 +187,7 @@ impl Logical<'_> {
 
 /// The name of the mapping that encrypts a volume.
 fn mapping_name(id: &str) -> String {
-    format!("{}{id}", lvm::VOLUMES)
+    format!("berth-{id}")
 }
 
 /// The mapping that encrypts this volume, while it is open. Asks sysfs only.

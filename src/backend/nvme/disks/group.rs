@@ -94,11 +94,6 @@ impl Below for GroupPart {
         what.into_iter().chain(self.held.warnings()).collect()
     }
 
-    /// LVM makes no volume in a group that lacks a disk.
-    fn is_closed(&self) -> bool {
-        self.state().1 > 0 || !self.held.gone().is_empty()
-    }
-
     fn disks(&self) -> Vec<PathBuf> {
         self.held.disks().into_iter().map(|disk| disk.path).collect()
     }
@@ -135,13 +130,24 @@ impl Finder {
             return Ok(());
         }
         let group = Group::new(&name, Some(ours.iter().map(|disk| disk.path.clone()).collect()), self.deadline)?;
-        let state = group.state()?;
+        let mut state = group.state()?;
         let Some(made_for) = layout(&state) else {
             fail!(Precondition, "making it was interrupted: `berth pool create {}` goes on", pool.config.name);
         };
         if made_for != pool.disks.layout.name() {
             let configured = pool.disks.layout.name();
             fail!(Conflict, "it was made with the layout {made_for}, and the configuration says {configured}");
+        }
+        if mounts {
+            // What lies on them is as it was: nobody could use it meanwhile.
+            let returned: Vec<_> = state.disks.iter().filter_map(|disk| disk.returned.clone()).collect();
+            for disk in &returned {
+                tracing::warn!(pool = pool.config.name, disk = %disk.display(), "a disk that was missing is back");
+                group.restore(disk)?;
+            }
+            if !returned.is_empty() {
+                state = group.state()?;
+            }
         }
         let missing = state.disks.iter().filter(|disk| disk.path.is_none()).count();
         // What is left of the mark under which it was made is done with.
